@@ -1,0 +1,265 @@
+"""The command line. Whatever is slow to import is imported by the command that needs it: `graphq --help` loads none of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphq import __version__, console
+from graphq.errors import GraphqError, UsageError
+
+if TYPE_CHECKING:
+    from graphq.report import Report
+
+app = typer.Typer(
+    name="graphq", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Makes ONNX models smaller and faster, and shows that they still work.",
+)  # fmt: skip
+recipes = typer.Typer(rich_markup_mode=None, help="List the built-in recipes, show one to copy and edit, or print the JSON schema for editors.")
+passes = typer.Typer(rich_markup_mode=None, help="List the passes that recipes can name, or show the options of one.")
+app.add_typer(recipes, name="recipes", invoke_without_command=True)
+app.add_typer(passes, name="passes", invoke_without_command=True)
+
+
+class TargetName(StrEnum):
+    """`graphq.targets.TARGETS`, known without importing it."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+    GENERIC = "generic"
+
+
+class EmitKind(StrEnum):
+    ONNX = "onnx"
+    ENGINE = "engine"
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
+Preprocess = Annotated[str | None, typer.Option(help="How uint8 images become inputs: imagenet, inception, unit, none, or a YAML file.")]
+TargetOption = Annotated[TargetName, typer.Option(help="The runtime to write for.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """`512MB`, `2 GiB`, `1.5g` or a number of bytes; a kilobyte has 1024 bytes, whichever way it is written."""
+    match = _SIZE.fullmatch(str(text))
+    count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if count < 1 << 20:
+        raise typer.BadParameter(f"{text!r} is not a size of at least 1MB. Write it as 512MB or 2GB.")
+    return count
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"graphq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+    pass
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")],
+    recipe: Annotated[str, typer.Option(help="A built-in recipe (see `graphq recipes`) or a YAML file.")] = "int8",
+    calib: Annotated[Path | None, typer.Option(help="Calibration inputs: an .npz with one array per model input, an .npy, or a folder of images.")] = None,
+    preprocess: Preprocess = None,
+    target: TargetOption = TargetName.ONNXRUNTIME,
+    emit: Annotated[EmitKind, typer.Option(help="Write an ONNX model, or a TensorRT engine.")] = EmitKind.ONNX,
+    evaluate: Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`, to measure accuracy before and after.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.json.")] = None,
+    seed: Seed = 0,
+    memory_budget: Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB", help="Memory for activations, such as 512MB.")] = 2 << 30,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL by a recipe, verify the result and write it to OUT."""
+    from graphq.convert import convert as run
+
+    with console.progress_bar(enabled=not quiet) as progress:
+        result = run(
+            model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target.value, emit=emit.value, evaluate=evaluate,
+            report_dir=report, seed=seed, memory_budget=memory_budget, command=shlex.join(["graphq", *context.obj]), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(result.to_json() + "\n")
+    elif not quiet:
+        console.summary(result, None if report is None else report / "report.json")
+    if as_json and not quiet:
+        for note in result.notes:
+            console.say(f"Note: {note}", style="bold yellow", stderr=True)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Ask ONNX Runtime which nodes it computes on integers.")] = False,
+    target: TargetOption = TargetName.ONNXRUNTIME,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in MODEL, what can be quantized and why not, and which targets and recipes fit."""
+    from graphq.inspect import inspect as look
+
+    found, used = look(model, target.value), None
+    if kernels:
+        from graphq.kernels_used import kernels as kernels_of
+
+        used = kernels_of(model)
+    if as_json:
+        _print_json({"model": found, "kernels": used} if kernels else {"model": found})
+    else:
+        console.inspection(found, used)
+
+
+@app.command()
+def compare(
+    model_a: Annotated[Path, typer.Argument(metavar="A", help="The original ONNX file.")],
+    model_b: Annotated[Path, typer.Argument(metavar="B", help="The ONNX file to compare with it.")],
+    data: Annotated[Path | None, typer.Option(help="Inputs: an .npz with one array per model input, an .npy, or a folder of images. Random without it.")] = None,
+    preprocess: Preprocess = None,
+    samples: Annotated[int, typer.Option(min=1, help="Use at most so many samples.")] = 64,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare every value that both models have, instead of the outputs; worst first.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far the outputs of B are from those of A on the same inputs."""
+    from graphq.inspect import compare_files
+
+    found, described = compare_files(model_a, model_b, data, preprocess=preprocess, samples=samples, layers=layers, seed=seed)
+    if as_json:
+        _print_json({"a": str(model_a), "b": str(model_b), "data": described, "comparison": found})
+        return
+    console.say(f"{model_b} against {model_a}, {described}", style="bold")
+    console.comparisons(found)
+    if data is None:
+        console.say("Note: these are RANDOM inputs; give --data for numbers that mean something.", style="bold yellow")
+
+
+@app.command()
+def report(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A converted ONNX file, a report.json, or the folder of one.")],
+           as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
+    """Show how a model was made: the report that `convert` left in it."""
+    found = _read_report(model)
+    if as_json:
+        sys.stdout.write(found.to_json() + "\n")
+        return
+    console.provenance(found)
+
+
+def _read_report(path: Path) -> Report:
+    from graphq.report import Report, file_facts, read_embedded
+
+    path = path / "report.json" if path.is_dir() else path
+    if path.suffix.lower() != ".json":
+        from graphq import ir
+
+        model = ir.load(path)
+        return replace(read_embedded(model, str(path)), output=file_facts(path, model))
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("The report cannot be read.", where=f"{path}: {error}", expected="a report.json, or a converted model") from error
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from graphq.recipe import builtin_recipes
+
+        console.table(("recipe", ""), builtin_recipes().items())
+
+
+@recipes.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")], debug: Debug = False) -> None:
+    """Print a built-in recipe as YAML, to copy and edit."""
+    from graphq.recipe import recipe_text
+
+    sys.stdout.write(recipe_text(name))
+
+
+@recipes.command("schema")
+def recipe_schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipe files, with which editors complete and check them."""
+    from graphq.recipe import recipe_schema as schema
+
+    _print_json(schema())
+
+
+@passes.callback()
+def list_passes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from graphq.inspect import pass_summaries
+
+        console.table(("pass", ""), pass_summaries().items())
+
+
+@passes.command("show")
+def show_pass(name: Annotated[str, typer.Argument(metavar="NAME")], debug: Debug = False) -> None:
+    """Show what a pass does, and its options with types and defaults."""
+    from graphq.inspect import pass_options
+
+    about, options = pass_options(name)
+    console.say(f"{name}: {about}\n")
+    console.table(("option", "type", "default", ""), [(one.name, one.type, one.default, one.about) for one in options])
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    from graphq.report import plain
+
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the model, data or recipe is at fault, 2 usage, 3 verification failed, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        app(args=arguments, prog_name="graphq", obj=arguments)
+    except SystemExit as stop:
+        if stop.code == 130:
+            console.say("Interrupted.", stderr=True)
+        raise
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        console.say(_message(error), stderr=True)
+        sys.exit(error.exit_code if isinstance(error, GraphqError) else 1)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, GraphqError):
+        return "\n".join([f"Error: {error}", *getattr(error, "__notes__", [])])
+    if isinstance(error, MemoryError):
+        return f"Error: out of memory. {error}\n  try: a smaller --memory-budget, or fewer calibration samples"
+    if isinstance(error, OSError) and error.strerror:
+        return f"Error: {error.strerror}.\n  where: {error.filename or 'a temporary file'}"
+    return f"Error: this is a bug in graphq: {type(error).__name__}: {error}\n  try: run it again with --debug and report what that prints"

@@ -1,0 +1,207 @@
+"""What the command line prints: the summary of a conversion, tables, progress bars. Only the standard library and rich.
+
+Names come from models and recipes of unknown origin: nothing in them is taken for markup or reaches the terminal as a control
+character.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from graphq.inspect import Inspection
+    from graphq.kernels_used import KernelsUsed
+    from graphq.report import OutputComparison, Report
+
+PLAIN_WIDTH = 140
+"""Columns where there is no terminal."""
+
+Column = str | tuple[str, Literal["left", "right"]]
+
+
+def safe(text: object) -> str:
+    """`text` without control characters, except line breaks."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+
+
+def say(text: object = "", *, style: str = "", stderr: bool = False) -> None:
+    console = _console(stderr)
+    console.print(Text(safe(text), style=style), soft_wrap=True)
+
+
+def _console(stderr: bool = False) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=None if terminal else PLAIN_WIDTH)
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+    """Print rows under a line of headings; a column is a heading, or (heading, alignment)."""
+    grid = Table(box=None, pad_edge=False, title=Text(title) if title else None, title_justify="left", title_style="bold", header_style="dim")
+    for column in columns:
+        heading, align = (column, "left") if isinstance(column, str) else column
+        grid.add_column(heading, justify=align, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        grid.add_row(*(Text(safe(cell)) for cell in row))
+    _console().print(grid)
+
+
+@contextmanager
+def progress_bar(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A `graphq.pipeline.Progress` that shows the current stage with its estimate on stderr, if that is a terminal."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=None)
+        current = ""
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what != current:
+                bar.reset(task)
+                current = what
+            bar.update(task, description=safe(what), completed=done, total=total)
+
+        yield show
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit, as file managers show them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def decibel(value: float) -> str:
+    return "identical" if value == float("inf") else f"{value:.1f} dB"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def shape(dims: Sequence[Any] | None) -> str:
+    return "unknown rank" if dims is None else "[" + ", ".join("?" if dim is None else str(dim) for dim in dims) + "]"
+
+
+def counts(found: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in found.items())
+
+
+# ---- summaries ------------------------------------------------------------------------------------------------------
+
+
+def summary(report: Report, folder: object = None) -> None:
+    """The table that ends a conversion."""
+    say(f"{report.model.path} -> {report.output.path}  ({report.recipe_name} for {report.target})", style="bold")
+    table(("", ("before", "right"), ("after", "right"), ""), _before_after(report))
+    comparisons(report.comparison)
+    if report.quantized:
+        weights = f"; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}" if report.weight_bytes_after else ""
+        say(f"quantized: {counts(report.quantized)}{weights}")
+    if report.integer_kernels:
+        say(f"integer kernels: {counts(report.integer_kernels)}")
+    _kept_float(report)
+    for gate in report.gates:
+        say(f"gate {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}: {'passed' if gate.passed else 'MISSED'}", style="" if gate.passed else "red")
+    say(f"calibrated on {report.calibration.description}")
+    for note in report.notes:
+        say(f"Note: {note}", style="bold yellow")
+    if folder is not None:
+        say(f"report: {folder}")
+
+
+def provenance(report: Report) -> None:
+    """What `graphq report` prints."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    say(f"made by graphq {report.graphq} on {report.created}, seed {report.seed}; {versions}")
+    summary(report)
+    rows = [(one.name, ", ".join(f"{key}: {value}" for key, value in one.options.items()), counts(one.edits), f"{one.seconds:.2f} s") for one in report.passes]
+    table(("pass", "options", "edits", ("time", "right")), rows)
+    say(f"recipe:\n{report.recipe.rstrip()}")
+
+
+def _before_after(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    before, after = report.model.bytes, report.output.bytes
+    yield "size", size(before), size(after), f"{before / after:.2f} times smaller" if after else ""
+    if (accuracy := report.accuracy) is not None:
+        change = 100 * (accuracy.result - accuracy.reference)
+        yield f"{accuracy.metric}, {accuracy.samples} samples", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
+    if (latency := report.latency) is not None:
+        what = f"latency, batch {latency.batch}" + (f", {latency.threads} threads" if latency.threads else "")
+        faster = f"{latency.speedup:.2f} times faster" if latency.speedup >= 1 else f"{1 / latency.speedup:.2f} times SLOWER"
+        yield what, f"{latency.reference_ms:.2f} ms", f"{latency.result_ms:.2f} ms", faster
+
+
+def comparisons(found: Sequence[OutputComparison]) -> None:
+    rows = [(one.name, decibel(one.sqnr_db), f"{one.cosine:.6f}", f"{one.max_abs:.4g}", share(one.top1_agreement)) for one in found]
+    if rows:
+        right: tuple[Column, ...] = tuple((name, "right") for name in ("SQNR", "cosine", "largest error", "same top-1"))
+        table(("compared with the original", *right), rows)
+
+
+def _kept_float(report: Report, limit: int = 4) -> None:
+    """The most frequent reasons, with the nodes that have them."""
+    skipped = list(dict.fromkeys(row for record in report.passes for row in record.skipped))
+    if not skipped:
+        return
+    say(f"left alone: {len(skipped)}")
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    for reason, count in reasons[:limit]:
+        nodes = [node for node, why in skipped if why == reason]
+        say(f"  {count} x {reason}: {'; '.join(nodes[:2])}{'; ...' if count > 2 else ''}")
+    if len(reasons) > limit:
+        say(f"  and {len(reasons) - limit} more reasons, see the report")
+
+
+def inspection(found: Inspection, used: KernelsUsed | None = None) -> None:
+    """What `graphq inspect` prints."""
+    file = found.file
+    produced = f", made by {found.producer}" if found.producer else ""
+    say(f"{file.path}: {size(file.bytes)}, {file.parameters:,} parameters, opset {file.opset}, IR version {found.ir_version}{produced}", style="bold")
+    if found.domains:
+        say(f"other operator sets: {', '.join(f'{name} {version}' for name, version in found.domains.items())}")
+    table(("", "name", "type", "shape"), [
+        *(("input", entry.name, entry.dtype, shape(entry.shape)) for entry in found.inputs),
+        *(("output", entry.name, entry.dtype, shape(entry.shape)) for entry in found.outputs),
+    ])  # fmt: skip
+    say(f"dynamic axes: {', '.join(found.dynamic_axes) or 'none'}")
+    say(f"operators: {counts(found.ops)}")
+    say(f"weights: {', '.join(f'{size(count)} {name}' for name, count in found.weight_bytes.items()) or 'none'}")
+    good = Counter(node.op_type for node in found.linear if node.refusal is None)
+    say(f"can be quantized: {counts(good) or 'nothing'} ({share(found.quantizable_share)} of the parameters)")
+    for (op, refusal), count in Counter((node.op_type, node.refusal) for node in found.linear if node.refusal).most_common():
+        names = [node.name for node in found.linear if (node.op_type, node.refusal) == (op, refusal)]
+        say(f"  not: {count} {op}: {refusal} ({', '.join(names[:3])}{', ...' if count > 3 else ''})")
+    if found.already_quantized:
+        say("Note: this model is quantized already.", style="yellow")
+    table(("fits", "", ""), [
+        *(("target", fit.name, fit.reason or "yes") for fit in found.targets),
+        *(("recipe", fit.name, fit.reason or "yes") for fit in found.recipes),
+    ])  # fmt: skip
+    if used is not None:
+        _kernels(used)
+
+
+def _kernels(used: KernelsUsed) -> None:
+    say(f"integer kernels on this CPU: {counts(used.counts) or 'none'}")
+    rows = [("float", one.op_type, one.original or one.name, "") for one in used.floating]
+    rows += [("conversion", one.op_type, one.original or one.name, one.note) for one in used.conversions]
+    if rows:
+        table(("not on integers", "operator", "node", ""), rows)

@@ -1,0 +1,248 @@
+"""One model in, one verified smaller model out: load -> normalize -> [pass, verify]* -> legalize -> verify -> emit -> report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import graphq
+from graphq import accuracy, ir, kernels_used, report, targets, verify
+from graphq.backends import files
+from graphq.calibration import CalibrationSet, open_calibration
+from graphq.errors import DataError, ModelError, UsageError, VerifyError
+from graphq.executor import Executor
+from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
+from graphq.preprocess import Preprocess
+from graphq.qdq import quantized_weight_bytes
+from graphq.recipe import Gates, Recipe, load_recipe
+from graphq.report import Accuracy, CalibrationFacts, GateResult, Latency, OutputComparison, Report
+from graphq.targets import Target
+
+HELD_OUT = 16
+"""Samples kept back for verification, at most a quarter of what there is."""
+
+Emit = Literal["onnx", "engine"]
+Source = str | Path | Mapping[str, np.ndarray] | Iterable[Any]
+
+
+def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe = "int8", calib: Source | None = None,
+            preprocess: str | Path | Preprocess | None = None, target: str = "onnxruntime", emit: Emit = "onnx",
+            evaluate: str | Path | None = None, report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
+            command: str | None = None, progress: Progress = no_progress) -> Report:  # fmt: skip
+    """Compress `model` by `recipe` and write the result to `out` once it is verified.
+
+    Args:
+        model: The ONNX file; it is never changed.
+        out: Where the result goes; it appears complete or not at all.
+        recipe: A built-in name, a YAML file or a `Recipe`.
+        calib: Calibration data: an .npz, .npy or image folder, arrays by input name, or an iterable of batches. Without
+            it, random inputs of the declared types are used, which the report says.
+        preprocess: Preset or YAML file for images.
+        target: The runtime to write for, one of `graphq.targets.TARGETS`.
+        emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
+        evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after.
+        report_dir: Folder for report.json.
+        seed: Of everything random.
+        memory_budget: Bytes that a sweep may hold in memory.
+        command: The command line, for the report.
+        progress: Called with what is done, steps done and steps in all.
+
+    Raises:
+        GraphqError: with a class for each kind of fault, see `graphq.errors`. Nothing is written then, except that a
+            result that failed verification is kept as `<out>.failed.onnx`.
+    """
+    path, out_path, clock = Path(model), Path(out), _Clock()
+    goal = targets.get_target(target)
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _check_emit(emit, goal)
+    with clock("load"):
+        original = ir.load(path)
+        files.check_output(out_path, path)
+        data = _open_data(calib, original, preprocess, seed)
+        labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
+        calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
+    ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
+                      memory_budget=memory_budget, progress=progress)  # fmt: skip
+    with clock("normalize"):
+        lead = _normalizing(plan)
+        records = run_passes(plan.passes[:lead], ctx, verify.verify_graph)
+        ctx.reference = ir.clone(ctx.model)
+        for one in plan.passes[lead:]:
+            one.precheck(ctx.model, goal)
+    with clock("passes"):
+        records += run_passes(plan.passes[lead:], ctx, verify.verify_graph)
+    with clock("verify"):
+        targets.require_legal(ctx.model, goal)
+        verify.require_same_interface(original, ctx.model)
+        measured = _measure(original, ctx, labelled, out_path)
+    gates = check_gates(plan.gates, measured)
+    with clock("emit"):
+        result = _report(path, original, ctx, plan, data, seed, command, records, measured, gates)
+        _require_passed(gates, ctx.model, out_path)
+        report.embed(ctx.model, result)
+        limit = plan.gates.max_size_ratio * result.model.bytes
+        _emit(ctx.model, out_path, emit, goal, held_out, limit, progress)
+    result = replace(result, output=report.file_facts(out_path, ctx.model), seconds=clock.seconds)
+    if report_dir is not None:
+        report.write(result, report_dir)
+    return result
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Any:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What verification found out."""
+
+    comparison: tuple[OutputComparison, ...]
+    latency: Latency | None
+    accuracy: Accuracy | None
+    integer_kernels: Mapping[str, int]
+
+
+def _check_emit(emit: str, target: Target) -> None:
+    if emit == "engine" and not target.builds_engines:
+        engines = ", ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
+        raise UsageError(f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx")
+
+
+def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
+    stored = model.metadata_props.get("graphq.preprocess")
+    chosen = preprocess if preprocess is not None or stored is None else Preprocess.from_json(stored)
+    data = open_calibration("random" if calib is None else calib, ir.inputs(model), preprocess=chosen, seed=seed)
+    if not len(data):
+        raise DataError("There are no calibration samples.", where=data.source)
+    return data
+
+
+def _normalizing(recipe: Recipe) -> int:
+    """How many passes at the head of the recipe keep the function as it is: the reference is taken after them."""
+    return next((index for index, one in enumerate(recipe.passes) if not one.idle_is_fine), len(recipe.passes))
+
+
+def _measure(original: ir.Model, ctx: PassContext, labelled: accuracy.Labelled | None, out: Path) -> Measured:
+    """Run the original and the result as the user will run them, on samples that no statistic has seen."""
+    deployed = ctx.target.measures_speed
+    names = [value.name or "" for value in original.graph.outputs]
+    ctx.progress("verify", 0, 3)
+    try:
+        with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            result = Executor(ctx.model, deployed=deployed, optimized_path=str(optimized) if deployed else None)
+            kernels = kernels_used.read_optimized(optimized, ctx.model).counts if deployed else {}
+        reference = Executor(original, deployed=deployed)
+        comparison = verify.compare(reference, result, ctx.held_out, names)
+    except ModelError as error:
+        raise _aside(VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out) from error
+    except VerifyError as error:
+        raise _aside(error, ctx.model, out) from error
+    ctx.progress("verify", 1, 3)
+    latency = None
+    if deployed:
+        feeds = next(iter(ctx.held_out.batches(1)))
+        latency = verify.measure_latency(reference, result, feeds)
+    ctx.progress("verify", 2, 3)
+    found = accuracy.compare(reference, result, labelled) if labelled is not None else None
+    return Measured(comparison, latency, found, kernels)
+
+
+def check_gates(gates: Gates, measured: Measured) -> tuple[GateResult, ...]:
+    """Every limit of the recipe against what was measured; a limit that nothing measured is left out."""
+    worst = min((entry.sqnr_db for entry in measured.comparison), default=float("inf"))
+    cosine = min((entry.cosine for entry in measured.comparison), default=1.0)
+    rows: list[tuple[str, float | None, float | None, int]] = [
+        ("min_sqnr_db", gates.min_sqnr_db, worst, 1),
+        ("min_cosine", gates.min_cosine, cosine, 1),
+        ("min_speedup", gates.min_speedup, measured.latency.speedup if measured.latency else None, 1),
+        ("max_accuracy_drop", gates.max_accuracy_drop, 100 * (measured.accuracy.reference - measured.accuracy.result) if measured.accuracy else None, -1),
+    ]
+    return tuple(
+        GateResult(name, limit, value, (value - limit) * sign >= 0) for name, limit, value, sign in rows if limit is not None and value is not None
+    )
+
+
+def _require_passed(gates: tuple[GateResult, ...], model: ir.Model, out: Path) -> None:
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        rows = "; ".join(f"{gate.name} is {gate.limit:g}, measured {gate.value:.4g}" for gate in failed)
+        error = VerifyError("The result misses a gate of the recipe.", where=rows, hint="use more calibration data, another recipe, or other gates")
+        raise _aside(error, model, out)
+
+
+def _aside(error: VerifyError, model: ir.Model, out: Path) -> VerifyError:
+    """Keep a refused result under a name that says so."""
+    aside = out.with_name(f"{out.name}.failed.onnx")
+    try:
+        files.emit_onnx(model, aside)
+    except OSError:
+        return error
+    return VerifyError(error.what, where=error.where, expected=error.expected, hint=f"{error.hint + '; ' if error.hint else ''}the refused result is {aside}")
+
+
+def _emit(model: ir.Model, out: Path, emit: Emit, target: Target, data: CalibrationSet, limit: float, progress: Progress) -> None:
+    if emit == "engine":
+        from graphq.backends import tensorrt
+
+        return tensorrt.emit_engine(model, out, target, data, progress)
+
+    def write(file: Path) -> None:
+        ir.save(model, file)
+        size = sum(part.stat().st_size for part in file.parent.iterdir())
+        if size > limit:
+            error = VerifyError(f"The result is larger than the recipe allows: {size} bytes.", expected=f"{limit:.0f} bytes at most (gate max_size_ratio)",
+                                hint="too little of this model can be quantized; raise the gate to accept that")  # fmt: skip
+            raise _aside(error, model, out)
+
+    files.write_atomically(out, write)
+
+
+def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data: CalibrationSet, seed: int, command: str | None,
+            records: list[PassRecord], measured: Measured, gates: tuple[GateResult, ...]) -> Report:  # fmt: skip
+    before, after = quantized_weight_bytes(ctx.model)
+    facts = report.file_facts(path, original)
+    return Report(
+        graphq=graphq.__version__, created=datetime.now(UTC).isoformat(timespec="seconds"), seed=seed, command=command,
+        model=facts, output=replace(facts, path="", sha256="", bytes=0, opset=ir.opset(ctx.model), parameters=report.parameters(ctx.model)),
+        recipe=plan.to_yaml(), recipe_name=plan.name, target=ctx.target.name,
+        calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
+        passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
+        quantized=_quantized(ctx.model), weight_bytes_before=before, weight_bytes_after=after, integer_kernels=measured.integer_kernels,
+        gates=gates, versions=report.tool_versions(), notes=_notes(data),
+    )  # fmt: skip
+
+
+def _quantized(model: ir.Model) -> dict[str, int]:
+    """Nodes that read a DequantizeLinear, by operator type."""
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        makers = [ir.producer(value) for value in node.inputs]
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") and any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
+            counts[node.op_type] += 1
+    return dict(counts)
+
+
+def _notes(data: CalibrationSet) -> tuple[str, ...]:
+    if data.kind != "random":
+        return ()
+    return (f"No calibration data was given: ranges come from {len(data)} RANDOM inputs of the declared types. "
+            "Accuracy on real inputs was not measured and may be much worse; give --calib.",)  # fmt: skip

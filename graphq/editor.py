@@ -1,0 +1,155 @@
+"""The only way to change a model: every change goes through `Editor`, which counts it, so that "changed" is never declared.
+
+A *value* is named; edits keep the names of the values that nodes already produce, which is how the reference model and the
+current model are lined up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from graphq import ir
+from graphq.errors import ModelError
+from graphq.ir import Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, to_proto, values_by_name, without_weights
+
+
+class Editor:
+    """Changes one model and counts the changes, by kind, in `edits`.
+
+    Names asked for are made unique. A node that other nodes still read cannot be removed.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.edits: Counter[str] = Counter()
+        graphs = list(model.graphs())
+        self._names = {value.name for graph in graphs for value in values_by_name(graph).values()}
+        self._names |= {node.name for node in all_nodes(model)}
+
+    @property
+    def version(self) -> int:
+        """Grows with every edit: statistics of the current model are valid for one version."""
+        return self.edits.total()
+
+    def unique(self, name: str) -> str:
+        """`name`, or `name_1`, `name_2`... if it is taken; reserved from now on."""
+        fresh, count = name, 0
+        while fresh in self._names:
+            count += 1
+            fresh = f"{name}_{count}"
+        self._names.add(fresh)
+        return fresh
+
+    def initializer(self, name: str, array: np.ndarray, storage: str | None = None, graph: Graph | None = None) -> Value:
+        """A new constant. `storage` names its ONNX type when the array's own differs (int4 codes held as int8)."""
+        name = self.unique(name)
+        tensor = make_tensor(np.asarray(array), storage or str(np.asarray(array).dtype), name)
+        value = ir.make_value(name, tensor)
+        (graph or self.model.graph).register_initializer(value)
+        self.edits["initializer"] += 1
+        return value
+
+    def set_weight(self, node: Node, index: int, array: np.ndarray) -> Value:
+        """Give `node` a new constant as input `index`; a constant that others read too stays as it is for them."""
+        old = node.inputs[index]
+        assert old is not None and old.const_value is not None, "set_weight needs an initializer"
+        if array.shape == tuple(old.const_value.shape) and len(old.uses()) == 1 and not old.is_graph_output():
+            old.const_value = make_tensor(array, str(old.const_value.numpy().dtype), old.name or "")
+            self.edits["weight"] += 1
+            return old
+        new = self.initializer(old.name or "weight", array, str(old.const_value.numpy().dtype), node.graph)  # type: ignore[arg-type]
+        self.rewire(node, index, new)
+        return new
+
+    def insert(self, anchor: Node | None, op_type: str, values: Sequence[Value | None], *, output: str, domain: str = "",
+               attributes: Mapping[str, Any] | None = None, like: Value | None = None, after: bool = False) -> Value:  # fmt: skip
+        """Put a one-output node before (or after) `anchor`, or first in the main graph if None; returns its output.
+
+        `like` gives the output its shape and element type.
+        """
+        node = make_node(op_type, values, [self.unique(output)], domain=domain, attributes=attributes)
+        if like is not None:
+            node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
+        if anchor is None:
+            graph = self.model.graph
+            first = next(iter(graph), None)
+            graph.append(node) if first is None else graph.insert_before(first, node)
+        else:
+            graph = anchor.graph  # type: ignore[assignment]
+            graph.insert_after(anchor, node) if after else graph.insert_before(anchor, node)
+        self.edits["insert"] += 1
+        return node.outputs[0]
+
+    def rewire(self, node: Node, index: int, value: Value | None) -> None:
+        """Let `node` read `value` as input `index`."""
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, value)
+        self.edits["rewire"] += 1
+
+    def replace(self, old: Value, new: Value) -> None:
+        """Let every reader of `old` read `new`; a graph output keeps its name."""
+        if old.is_graph_output():
+            self.replace_output(old, new)
+        old.replace_all_uses_with(new)
+        self.edits["replace"] += 1
+
+    def replace_output(self, old: Value, new: Value) -> None:
+        """Let the model return `new` where it returned `old`, under the same name; readers inside the graph are left alone."""
+        name, old.name = old.name, self.unique(f"{old.name}_inner")
+        new.name = name
+        graph = self.model.graph
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+        self.edits["replace"] += 1
+
+    def set_attribute(self, node: Node, name: str, value: Any) -> None:
+        node.attributes[name] = ir.make_attribute(name, value)
+        self.edits["attribute"] += 1
+
+    def remove(self, nodes: Node | Iterable[Node]) -> None:
+        nodes = [nodes] if isinstance(nodes, Node) else list(nodes)
+        for node in nodes:
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+        self.edits["remove"] += len(nodes)
+
+    def run(self, common_pass: Any) -> None:
+        """Run a pass of onnx_ir; what it changed is found by comparing, since its own flag is not reliable."""
+        before = to_proto(without_weights(self.model)[0])
+        common_pass(self.model)
+        if to_proto(without_weights(self.model)[0]) != before:
+            self.edits[type(common_pass).__name__] += 1
+
+    def prune(self) -> None:
+        """Remove nodes, initializers and functions that nothing reads."""
+        unread = [node for node in reversed(list(self.model.graph)) if self._is_dead(node)]
+        while unread:
+            self.remove(unread)
+            unread = [node for node in reversed(list(self.model.graph)) if self._is_dead(node)]
+        outputs = set(self.model.graph.outputs)
+        for name, value in list(self.model.graph.initializers.items()):
+            if not value.uses() and value not in outputs and not value.is_graph_input():
+                del self.model.graph.initializers[name]
+                self.edits["prune"] += 1
+
+    @staticmethod
+    def _is_dead(node: Node) -> bool:
+        return all(not out.uses() and not out.is_graph_output() for out in node.outputs)
+
+    def raise_opset(self, version: int) -> None:
+        """Raise the default opset to at least `version`, converting operators whose definition changed."""
+        if opset(self.model) < version:
+            from onnxscript import version_converter
+
+            version_converter.convert_version(self.model, version, fallback=True)
+            if opset(self.model) < version:
+                raise ModelError(
+                    f"The model could not be raised from opset {opset(self.model)} to {version}.", expected=f"opset {version}, which the asked formats need",
+                    hint="export the model again with a higher opset_version",
+                )  # fmt: skip
+            self.edits["opset"] += 1

@@ -1,0 +1,164 @@
+"""Run a model, or a part of one, with ONNX Runtime's public API and look at any of its values.
+
+Whole tensors leave the session only when somebody asks for them: extrema and subsamples are reduced inside the graph.
+QDQ fusion is off by default, so that the numbers are those of the ONNX semantics (METHODS.md 1.2); `deployed=True` gives the
+session that a user would run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from graphq import ir
+from graphq.errors import ModelError
+from graphq.observers import View
+
+Feeds = Mapping[str, np.ndarray]
+
+SAMPLE_SIZE = 4096
+"""Elements that the view `sample` takes from one calibration sample of a tensor, about."""
+
+ORT_OPSET, ORT_IR = 26, 13
+"""Newest operator set and file format that ONNX Runtime 1.31 loads."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """One value to look at: whole, as `(min, max)`, or as a strided subsample of at most about `SAMPLE_SIZE` elements a sample."""
+
+    value: str
+    view: View = "whole"
+
+
+class Executor:
+    """An ONNX Runtime session over `model` that returns `fetches` in their order.
+
+    Args:
+        model: The model. It is not changed; its weights are shared with the session, not copied.
+        fetches: What to return; the model's outputs by default.
+        nodes: Run only these nodes of the main graph, in their order in the graph. `feeds` then are the values they read.
+        feeds: Element type by value name, for the values that are fed when `nodes` is given.
+        deployed: Full optimization with integer kernels, as at the user's, instead of exact ONNX semantics.
+        threads: Intra-op threads; 0 leaves it to the runtime.
+        optimized_path: Where ONNX Runtime shall write its own optimized graph.
+    """
+
+    def __init__(self, model: ir.Model, fetches: Sequence[Fetch] | None = None, *, nodes: Sequence[ir.Node] | None = None,
+                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0,
+                 optimized_path: str | None = None) -> None:  # fmt: skip
+        self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
+        if nodes is None:
+            shell, weights = ir.without_weights(model)
+            proto = ir.to_proto(shell)
+        else:
+            proto, weights = ir.segment_proto(model, nodes, feeds or {})
+        values = ir.values_by_name(model.graph) if any(fetch.view == "sample" for fetch in self.fetches) else {}
+        shapes = {fetch.value: ir.shape_of(values.get(fetch.value)) for fetch in self.fetches if fetch.view == "sample"}
+        _add_views(proto, self.fetches, shapes)
+        self.threads = threads or os.cpu_count() or 1
+        self._session = _session(proto, weights, deployed=deployed, threads=threads, optimized_path=optimized_path)
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def run(self, feeds: Feeds) -> list[np.ndarray]:
+        """One array per fetch. Feeds that the session does not read are ignored."""
+        try:
+            return self._session.run(None, {name: feeds[name] for name in self._names})
+        except KeyError as error:
+            raise ModelError(f"Input {error} was not fed.", expected=f"arrays for {', '.join(self._names)}") from error
+        except Exception as error:  # ORT's own exception types are not public
+            shapes = ", ".join(f"{name} {feeds[name].dtype}{list(feeds[name].shape)}" for name in self._names)
+            raise ModelError(
+                f"ONNX Runtime failed while running the model: {_first_line(error)}", where=shapes,
+                hint="check that the calibration arrays have the shape the model was exported for",
+            ) from error  # fmt: skip
+
+    def stream(self, batches: Iterable[Feeds]) -> Iterator[list[np.ndarray]]:
+        for batch in batches:
+            yield self.run(batch)
+
+
+def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deployed: bool, threads: int, optimized_path: str | None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4 if not deployed else 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if deployed else "0")
+    if not deployed:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if optimized_path is not None:
+        options.optimized_model_filepath = optimized_path
+    kept = {name: array for name, array in weights.items() if any(entry.name == name for entry in proto.graph.initializer)}
+    options.add_external_initializers(list(kept), [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in kept.values()])
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(
+            f"ONNX Runtime cannot load the model: {_first_line(error)}",
+            expected=f"operators that ONNX Runtime {ort.__version__} implements (opset {ORT_OPSET}, IR {ORT_IR} at most)",
+            hint="export with a lower opset, or without operators of other domains",
+        ) from error  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], shapes: Mapping[str, tuple[int | str | None, ...] | None]) -> None:
+    """Make the fetches the outputs of the graph, reduced where a view asks for it."""
+    graph = proto.graph
+    declared = {entry.name: entry for entry in [*graph.output, *graph.input, *graph.value_info]}
+    fed = {entry.name for entry in graph.input} | {entry.name for entry in graph.initializer}
+    del graph.output[:]
+    for index, fetch in enumerate(fetches):
+        name = f"graphq_view_{index}"
+        if fetch.view == "whole" and fetch.value not in fed:
+            graph.output.append(declared.get(fetch.value) or helper.make_empty_tensor_value_info(fetch.value))
+            continue
+        if fetch.view == "whole":
+            graph.node.append(helper.make_node("Identity", [fetch.value], [name]))
+        elif fetch.view == "extrema":
+            _add_extrema(graph, fetch.value, name)
+        else:
+            _add_sample(graph, fetch.value, name, shapes.get(fetch.value))
+        graph.output.append(helper.make_empty_tensor_value_info(name))
+    names = [entry.name for entry in graph.output]
+    if len(set(names)) != len(names):
+        raise ValueError(f"a value is fetched twice: {names}")
+
+
+def _add_extrema(graph: onnx.GraphProto, value: str, name: str) -> None:
+    for op, part in (("ReduceMin", "low"), ("ReduceMax", "high")):
+        graph.node.append(helper.make_node(op, [value], [f"{name}_{part}"], keepdims=0))
+        graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", f"{name}_flat"], [f"{name}_{part}_1"]))
+    graph.initializer.append(helper.make_tensor(f"{name}_flat", onnx.TensorProto.INT64, [1], [1]))
+    graph.node.append(helper.make_node("Concat", [f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
+
+
+def _add_sample(graph: onnx.GraphProto, value: str, name: str, shape: tuple[int | str | None, ...] | None) -> None:
+    """Flatten each sample and take every k-th element, k coprime to the dimensions so that no channel is passed over."""
+    constants = {"rows": [0, -1] if shape else [1, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [sample_step(shape)]}
+    for part, data in constants.items():
+        graph.initializer.append(helper.make_tensor(f"{name}_{part}", onnx.TensorProto.INT64, [len(data)], data))
+    graph.node.append(helper.make_node("Reshape", [value, f"{name}_rows"], [f"{name}_flat"]))
+    graph.node.append(helper.make_node("Slice", [f"{name}_flat", *(f"{name}_{part}" for part in ("start", "end", "axis", "step"))], [name]))
+
+
+def sample_step(shape: tuple[int | str | None, ...] | None) -> int:
+    """Stride of the view `sample`: unknown dimensions count as 64."""
+    if not shape or len(shape) < 2:
+        return 1
+    dims = [dim if isinstance(dim, int) else 64 for dim in shape[1:]]
+    step = max(1, math.prod(dims) // SAMPLE_SIZE)
+    while step > 1 and any(math.gcd(step, dim) > 1 for dim in dims if dim > 1):
+        step += 1
+    return step

@@ -1,0 +1,299 @@
+"""The graph: reading, writing and looking at ONNX models. The one module that imports onnx_ir; `graphq.editor` changes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir
+from onnx_ir import DataType, Graph, Model, Node, Shape, Value, from_onnx_text
+
+from graphq.errors import ModelError
+from graphq.spec import ModelInput
+
+__all__ = [
+    "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "describe",
+    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer", "reads",
+    "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name", "without_weights",
+]  # fmt: skip
+
+MAX_OPSET = onnx.defs.onnx_opset_version()
+_PROTOBUF_LIMIT = 1 << 31
+_NUMPY_TYPES = {
+    "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4, "int2": ml_dtypes.int2, "uint2": ml_dtypes.uint2,
+}  # fmt: skip
+
+
+# ---- reading and writing --------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read a model; external data stays memory-mapped.
+
+    Raises:
+        ModelError: the file is missing, empty, not an ONNX model, of an unknown opset, or its external data is missing,
+            too short or outside the model's folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError("There is no such model file.", where=str(path), hint="check the path")
+    if path.stat().st_size == 0:
+        raise ModelError("The model file is empty.", where=str(path), expected="an ONNX model", hint="export the model again")
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except Exception as error:  # protobuf raises several unrelated types
+        raise _not_onnx(path, "it does not parse as protobuf") from error
+    if not proto.ir_version or not proto.HasField("graph"):
+        raise _not_onnx(path, "it holds no graph")
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx") and entry.version > MAX_OPSET:
+            raise ModelError(
+                f"The model uses opset {entry.version}, which is not known here.", where=str(path),
+                expected=f"opset {MAX_OPSET} at most", hint="export with a lower opset_version, or update the onnx package",
+            )  # fmt: skip
+    _check_external(proto, path)
+    try:
+        model = onnx_ir.from_proto(proto)
+    except Exception as error:
+        raise _not_onnx(path, f"its graph cannot be read ({error})") from error
+    onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
+    return model
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write a model; weights go to `<name>.data` beside it when they do not fit into one protobuf file (2 GiB)."""
+    path = Path(path)
+    total = sum(tensor.nbytes for tensor in _tensors(model))
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if total > _PROTOBUF_LIMIT - (1 << 26) else None)
+
+
+def _not_onnx(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"This is not a readable ONNX model: {why}.", where=str(path), expected="an .onnx file as an exporter wrote it",
+        hint="check that the download or export finished (the file may be cut off)",
+    )  # fmt: skip
+
+
+def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for entry in node.attribute:
+            yield from [entry.t, *entry.tensors]
+            for subgraph in [entry.g, *entry.graphs]:
+                yield from _proto_tensors(subgraph)
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    folder = path.parent.resolve()
+    for tensor in _proto_tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        where = f"tensor {tensor.name!r} of {path}"
+        file = (folder / entry.get("location", "")).resolve()
+        if not file.is_relative_to(folder) or file == folder:
+            raise ModelError(
+                "External data lies outside the model's folder.", where=where, expected=f"a file in {folder}",
+                hint="move the data file beside the model; graphq does not follow paths out of the folder",
+            )  # fmt: skip
+        if not file.is_file():
+            raise ModelError("The model's external data file is missing.", where=where, expected=str(file),
+                             hint="copy the data file beside the model")  # fmt: skip
+        end = int(entry.get("offset") or 0) + int(entry.get("length") or 0)
+        if file.stat().st_size < end:
+            raise ModelError("The model's external data file is cut off.", where=where,
+                             expected=f"{file.name} of at least {end} bytes, it has {file.stat().st_size}",
+                             hint="copy the data file again")  # fmt: skip
+
+
+# ---- looking --------------------------------------------------------------------------------------------------------
+
+
+def clone(model: Model) -> Model:
+    """A model that can be changed without changing the first; weights are shared until they are replaced."""
+    return model.clone()
+
+
+def without_weights(model: Model, threshold: int = 1024) -> tuple[Model, dict[str, np.ndarray]]:
+    """A clone whose main-graph initializers over `threshold` bytes are empty external references, and their arrays by name.
+
+    Types that numpy does not know (4 and 2 bits) stay inside. This is how sessions share weights instead of copying them.
+    """
+    shell, arrays = model.clone(), {}
+    for name, value in shell.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > threshold and tensor.dtype.bitwidth >= 8:
+            arrays[name] = tensor.numpy()
+            value.const_value = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+    return shell, arrays
+
+
+def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `without_weights`."""
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
+    proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
+    graph, arrays = proto.graph, {}
+    graph.name = "segment"
+    graph.node.extend(onnx_ir.serde.serialize_node(node) for node in nodes)
+    made = {value.name for node in nodes for value in node.outputs}
+    for value in dict.fromkeys(value for node in nodes for value in reads(node)):
+        if value.name in made or value.graph is not model.graph:
+            continue
+        if value.is_initializer():
+            tensor = value.const_value
+            if tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8:
+                arrays[value.name] = tensor.numpy()
+                tensor = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name)
+            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
+            graph.initializer[-1].name = value.name
+        else:
+            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[value.name]))
+            graph.input.append(onnx.helper.make_tensor_value_info(value.name, element, None))
+    return proto, arrays
+
+
+def subgraphs(node: Node) -> Iterator[Graph]:
+    """The graphs in the attributes of `node`: branches of If, bodies of Loop and Scan."""
+    for entry in node.attributes.values():
+        if entry.type == onnx_ir.AttributeType.GRAPH:
+            yield entry.value
+        elif entry.type == onnx_ir.AttributeType.GRAPHS:
+            yield from entry.value
+
+
+def nodes_inside(node: Node) -> Iterator[Node]:
+    """The nodes of the subgraphs of `node`, at any depth."""
+    for graph in subgraphs(node):
+        yield from graph.all_nodes()
+
+
+def reads(node: Node) -> Iterator[Value]:
+    """The values that `node` reads, those that its subgraphs read from outside included."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs(node):
+        inside = {value for inner in graph.all_nodes() for value in inner.outputs}
+        yield from (value for inner in graph.all_nodes() for value in inner.inputs if value is not None and value not in inside and value.graph is not graph)
+
+
+def to_proto(model: Model) -> onnx.ModelProto:
+    return onnx_ir.to_proto(model)
+
+
+def opset(model: Model) -> int:
+    """Version of the default operator set."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+
+
+def all_nodes(model: Model) -> Iterator[Node]:
+    """Every node of the main graph, its subgraphs and the model-local functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def values_by_name(graph: Graph) -> dict[str, Value]:
+    """Inputs, initializers and node outputs of one graph (not of its subgraphs)."""
+    values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
+    return {value.name: value for value in values if value.name}
+
+
+def producer(value: Value | None) -> Node | None:
+    return None if value is None else value.producer()
+
+
+def constant(value: Value | None) -> np.ndarray | None:
+    """The array of an initializer or of a Constant node's output; None if the value is not constant."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer():
+        return None if value.const_value is None else value.const_value.numpy()
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
+        return node.attributes["value"].as_tensor().numpy()
+    return None
+
+
+def attribute(node: Node, name: str, default: Any = None) -> Any:
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def shape_of(value: Value | None) -> tuple[int | str | None, ...] | None:
+    """Shape as ints, symbols and None; None when not even the rank is known."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+
+
+def is_float(value: Value | None) -> bool:
+    """Whether the element type is float32, or not stated (as in a model without shape inference)."""
+    return value is not None and value.dtype in (DataType.FLOAT, None)
+
+
+def inputs(model: Model) -> tuple[ModelInput, ...]:
+    """The inputs a caller has to feed (initializers that are listed as inputs are left out)."""
+    found = []
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        if not isinstance(value.type, onnx_ir.TensorType):
+            raise ModelError("A model input is not a tensor.", where=f"input {value.name!r}: {value.type}", expected="tensor inputs")
+        found.append(ModelInput(value.name or "", np.dtype(value.dtype.numpy()) if value.dtype else np.dtype(np.float32), shape_of(value)))
+    return tuple(found)
+
+
+def describe(node: Node) -> str:
+    """`Conv 'stem' (1x3x8x8, 4x3x3x3)`: how errors and skips name a node."""
+
+    def size(value: Value | None) -> str:
+        dims = shape_of(value)
+        return "-" if value is None else "?" if dims is None else "x".join("?" if dim is None else str(dim) for dim in dims) or "scalar"
+
+    return f"{node.op_type} {node.name!r} ({', '.join(size(value) for value in node.inputs)})"
+
+
+def _tensors(model: Model) -> Iterator[Any]:
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+
+
+def initializer_bytes(model: Model) -> int:
+    """Bytes of all initializers as stored."""
+    return sum(tensor.nbytes for tensor in _tensors(model))
+
+
+def linear_bytes(array_shape: Sequence[int], bits: float = 32) -> float:
+    """Bytes of an array of this shape at `bits` bits an element, scales not counted."""
+    return float(np.prod(array_shape, dtype=np.float64)) * bits / 8
+
+
+def make_tensor(array: np.ndarray, storage: str, name: str) -> onnx_ir.TensorProtocol:
+    """A tensor of the ONNX type `storage` (`int8`, `uint4`, `float32`...) from an array that holds its values."""
+    target = _NUMPY_TYPES.get(storage, storage)
+    return onnx_ir.tensor(np.asarray(array, order="C").astype(target, copy=False), name=name)
+
+
+def make_node(op_type: str, values: Sequence[Value | None], outputs: Sequence[str], *, domain: str = "", name: str = "",
+              attributes: Mapping[str, Any] | None = None) -> Node:  # fmt: skip
+    return onnx_ir.node(op_type, values, attributes, domain=domain, name=name or outputs[0], outputs=[Value(name=out) for out in outputs])
+
+
+def make_value(name: str, tensor: onnx_ir.TensorProtocol) -> Value:
+    """A constant value, to be registered as an initializer."""
+    return Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def make_attribute(name: str, value: Any) -> onnx_ir.Attr:
+    return onnx_ir.convenience.convert_attribute(name, value)
+
+
+def tensor_type(storage: str) -> onnx_ir.TensorType:
+    """The type of a tensor of `int8`, `uint4`, `float32`..."""
+    return onnx_ir.TensorType(onnx_ir.DataType[{"float32": "FLOAT"}.get(storage, storage.upper())])
+

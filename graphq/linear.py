@@ -1,0 +1,74 @@
+"""Facts about the operators with weights: which input is the weight, which axis its outputs lie on, where a bias goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphq import ir
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """Where an operator keeps its data, weight and bias inputs; `bias` is None if it has no such input."""
+
+    weight: int = 1
+    data: int = 0
+    bias: int | None = 2
+
+
+LINEAR_OPS = {"Conv": LinearOp(), "ConvTranspose": LinearOp(), "Gemm": LinearOp(), "MatMul": LinearOp(bias=None)}
+
+
+def is_linear(node: ir.Node) -> bool:
+    """Whether `node` is a linear operator of the default domain with a constant float weight of rank 2 or more."""
+    return linear_refusal(node) is None
+
+
+def linear_refusal(node: ir.Node) -> str | None:
+    """Why `node` is not a linear operator with a constant weight; None if it is one."""
+    op = LINEAR_OPS.get(node.op_type) if node.domain == "" else None
+    if op is None:
+        return "not an operator with weights"
+    weight = weight_of(node)
+    if weight is None or weight.const_value is None or not weight.is_initializer():
+        return "its weight is not a constant of the graph"
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.dtype}, not float32"
+    if len(weight.const_value.shape) < 2:
+        return "its weight is a vector"
+    if node.op_type == "MatMul" and len(weight.const_value.shape) > 2:
+        return "its weight is a stack of matrices"
+    if not np.prod(tuple(weight.const_value.shape)):
+        return "its weight is empty"
+    return None
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    index = LINEAR_OPS[node.op_type].weight
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def out_axis(node: ir.Node) -> int:
+    """Axis of the weight along which the output channels lie."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    return 0 if node.op_type == "Gemm" and ir.attribute(node, "transB", 0) else 1
+
+
+def in_axis(node: ir.Node) -> int:
+    """Axis of the weight that is summed over (input channels of a group, for convolutions)."""
+    return 1 - out_axis(node)
+
+
+def channel_axis(node: ir.Node) -> int:
+    """Axis of the node's output that holds the output channels: 1 for convolutions, the last otherwise."""
+    return 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+
+
+def bias_of(node: ir.Node) -> ir.Value | None:
+    index = LINEAR_OPS[node.op_type].bias
+    return None if index is None or index >= len(node.inputs) else node.inputs[index]

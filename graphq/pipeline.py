@@ -1,0 +1,218 @@
+"""Passes and what runs them: each pass edits the model through `ctx.edit` and reads statistics through `ctx`.
+
+After every pass the graph is verified; the first failure stops the run, so that the guilty pass is always the last one.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as options
+
+from graphq import ir
+from graphq.calibration import CalibrationSet
+from graphq.editor import Editor
+from graphq.errors import GraphqError, RecipeError
+from graphq.executor import Executor, Fetch
+from graphq.observers import Observer, Stat, Tap
+from graphq.targets import Target
+
+if TYPE_CHECKING:
+    from graphq.sweep import SweepStep
+
+pass_options = options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+"""Decorates a pass: a frozen dataclass whose fields are its recipe options, checked by pydantic."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, steps done, steps in all)."""
+
+BATCH = 8
+"""Calibration samples that run at once."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers about one place in the graph, for the report. The unit is in the key: `sqnr_db`, `latency_ms`."""
+
+    where: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: a row of the report, written by `run_passes`."""
+
+    name: str
+    options: Mapping[str, Any]
+    edits: Mapping[str, int]
+    measurements: tuple[Measurement, ...]
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+
+
+@dataclass
+class PassContext:
+    """Everything that a pass may touch besides the model.
+
+    Attributes:
+        edit: The only way to change the graph.
+        reference: The normalized float model, never changed.
+        calib: Samples for statistics.
+        held_out: Samples that no statistic has seen.
+        target: What the runtime can express and what it fuses.
+        memory_budget: Bytes that a sweep may hold before it spills to disk.
+    """
+
+    model: ir.Model
+    reference: ir.Model
+    calib: CalibrationSet
+    held_out: CalibrationSet
+    target: Target
+    seed: int = 0
+    memory_budget: int = 2 << 30
+    progress: Progress = no_progress
+    edit: Editor = field(init=False)
+    measurements: list[Measurement] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _stats: dict[Observer, tuple[int, Stat]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.edit = Editor(self.model)
+
+    def measure(self, where: str, **numbers: float) -> None:
+        """Put numbers into the report."""
+        self.measurements.append(Measurement(where, {key: float(value) for key, value in numbers.items()}))
+
+    def skip(self, node: ir.Node, reason: str) -> None:
+        """Refuse a node: its reason ends in the report."""
+        self.skipped.append((ir.describe(node), reason))
+
+    def observe(self, observers: Iterable[Observer]) -> Mapping[Observer, Stat]:
+        """Statistics over the calibration set, in one run of each model that is tapped.
+
+        Results are kept until the model they were taken from is edited (the reference never is).
+        """
+        wanted = list(dict.fromkeys(observers))
+        missing = [observer for observer in wanted if not self._is_valid(observer)]
+        for source, model in (("reference", self.reference), ("current", self.model)):
+            group = [observer for observer in missing if {tap.source for tap in observer.taps} == {source}]
+            if group:
+                version = self.edit.version
+                stats = fold(model, group, self.calib, self.progress)
+                self._stats.update({observer: (version, stat) for observer, stat in stats.items()})
+        return {observer: self._stats[observer][1] for observer in wanted}
+
+    def _is_valid(self, observer: Observer) -> bool:
+        if observer not in self._stats:
+            return False
+        return self._stats[observer][0] == self.edit.version or all(tap.source == "reference" for tap in observer.taps)
+
+    def sweep(self, nodes: Sequence[ir.Node], samples: int | None = None) -> Iterator[SweepStep]:
+        """Walk both models once and stop at each of `nodes`, in topological order (see `graphq.sweep`)."""
+        from graphq.sweep import sweep
+
+        calib = self.calib if samples is None else self.calib.take(samples)
+        return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
+
+
+def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, progress: Progress = no_progress) -> dict[Observer, Stat]:
+    """Run `data` through `model` once and let each observer (all of one source) fold what it taps."""
+    fetches = list(dict.fromkeys(_fetch(tap) for observer in observers for tap in observer.taps))
+    executor = Executor(model, fetches)
+    stats = {observer: observer.init() for observer in observers}
+    for batch in data.batches(BATCH):
+        arrays = dict(zip(fetches, executor.run(batch), strict=True))
+        for observer in observers:
+            stats[observer] = observer.update(stats[observer], *(arrays[_fetch(tap)] for tap in observer.taps))
+        progress("calibrate", min(len(data), _count(batch)), len(data))
+    return stats
+
+
+def _fetch(tap: Tap) -> Fetch:
+    return Fetch(tap.value, tap.view)
+
+
+def _count(batch: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(batch.values())))
+
+
+@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Pass(ABC):
+    """One transformation. Subclasses are decorated with `pass_options`; their fields are the options of the recipe.
+
+    Attributes:
+        allow_no_effect: Without it, a pass that changes nothing is an error.
+    """
+
+    name: ClassVar[str]
+    """Kebab-case; the key in recipes and in the catalog."""
+    idle_is_fine: ClassVar[bool] = False
+    """Whether changing nothing means that there was nothing to do (normalize), rather than that nothing matched."""
+
+    allow_no_effect: bool = False
+
+    @abstractmethod
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        """Change `model` through `ctx.edit`; put refusals into `ctx.skip`, numbers into `ctx.measure`."""
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        """Refuse before any calibration what `target` cannot express. Raises TargetError."""
+
+    def check(self, model: ir.Model) -> None:
+        """A postcondition of this pass. Raises VerifyError."""
+
+
+def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None]) -> list[PassRecord]:
+    """Apply `passes` in order, verify after each, and return one record a pass.
+
+    Raises:
+        RecipeError: a pass changed nothing and neither it nor the recipe allows that.
+        VerifyError: the graph is not valid after a pass.
+    """
+    records = []
+    for index, one in enumerate(passes):
+        ctx.progress(one.name, index, len(passes))
+        ctx.measurements, ctx.skipped = [], []
+        before, started = ctx.edit.edits.copy(), time.perf_counter()
+        try:
+            one.apply(ctx.model, ctx)
+            edits = dict(ctx.edit.edits - before)
+            if edits:
+                verify(ctx.model)
+            one.check(ctx.model)
+        except GraphqError as error:
+            error.add_note(f"  pass: {one.name}, number {index + 1} of {len(passes)}")
+            raise
+        if not edits and not (one.idle_is_fine or one.allow_no_effect):
+            raise RecipeError(
+                f"Pass {one.name!r} changed nothing.", where=f"number {index + 1} of {len(passes)}", expected="at least one node that it applies to",
+                hint=f"{_reasons(ctx.skipped)}take the pass out of the recipe, or set allow_no_effect: true",
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        records.append(PassRecord(one.name, pass_values(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
+    return records
+
+
+def pass_values(one: Pass) -> dict[str, Any]:
+    """The options of a pass that differ from their defaults."""
+    fields = type(one).__dataclass_fields__
+    return {key: getattr(one, key) for key, entry in fields.items() if getattr(one, key) != entry.default}
+
+
+def _reasons(skipped: Sequence[tuple[str, str]]) -> str:
+    if not skipped:
+        return ""
+    counts: dict[str, int] = {}
+    for _, reason in skipped:
+        counts[reason] = counts.get(reason, 0) + 1
+    return "nodes were skipped because: " + "; ".join(f"{reason} ({count})" for reason, count in counts.items()) + "; "

@@ -1,0 +1,117 @@
+"""QuantizeLinear and DequantizeLinear in the graph: the one place where passes write them.
+
+Tier T1 of METHODS.md 1.4: an activation edge gets a QDQ pair, a weight or a bias becomes integer codes with one
+DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and the simulation cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from graphq import ir, linear
+from graphq.editor import Editor
+from graphq.quantizers import QParams, Uniform
+from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
+
+INT32_LIMIT = float(1 << 30)
+"""Largest magnitude of a bias code: half of the type, which leaves the accumulator as much room again."""
+
+
+def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec, readers: Iterable[tuple[ir.Node, int]]) -> ir.Value:
+    """Put one QDQ pair on `value` and let `readers` (node, input index) read its result, which is returned.
+
+    A width that ONNX does not store gets an explicit Clip before it (METHODS.md 1.2).
+    """
+    anchor, after = value.producer(), True
+    if anchor is None or anchor.graph is not edit.model.graph:
+        anchor, after = None, False
+    name, source = value.name or "value", value
+    scale, zero = _qparam_values(edit, name, qparams, spec)
+    if spec.bits != spec.storage_bits:
+        steps = np.float32([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)]) * qparams.scale
+        low, high = (edit.initializer(f"{name}_clip_{end}", np.float32(step)) for end, step in zip(("low", "high"), steps, strict=True))
+        source = edit.insert(anchor, "Clip", [value, low, high], output=f"{name}_clipped", like=value, after=after)
+        anchor, after = source.producer(), True
+    codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
+    codes.shape, codes.type = value.shape, ir.tensor_type(spec.storage)
+    result = edit.insert(codes.producer(), "DequantizeLinear", [codes, scale, zero], output=f"{name}_dequantized", like=value, after=True)
+    for node, index in readers:
+        edit.rewire(node, index, result)
+    return result
+
+
+def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None) -> QParams:
+    """Store the weight of a linear node as codes with a DequantizeLinear before the node; min-max qparams by default."""
+    index = linear.LINEAR_OPS[node.op_type].weight
+    value = node.inputs[index]
+    weight = ir.constant(value)
+    assert value is not None and weight is not None, "insert_weight needs a constant weight"
+    quantizer = Uniform(spec)
+    qparams = quantizer.fit_weight(weight) if qparams is None else qparams
+    name = value.name or "weight"
+    codes = edit.initializer(f"{name}_quantized", quantizer.quantize(weight, qparams), spec.storage)
+    scale, zero = _qparam_values(edit, name, qparams, spec)
+    attributes: dict[str, int] = {}
+    if isinstance(spec.granularity, PerAxis | PerGroup):
+        attributes["axis"] = spec.granularity.axis
+    if isinstance(spec.granularity, PerGroup):
+        attributes["block_size"] = spec.granularity.size
+    result = edit.insert(node, "DequantizeLinear", [codes, scale, zero], output=f"{name}_dequantized", attributes=attributes, like=value)
+    edit.rewire(node, index, result)
+    return qparams
+
+
+def insert_bias(edit: Editor, node: ir.Node, activation: QParams, weight: QParams) -> None:
+    """Store the constant bias of a Conv or Gemm as INT32 codes of scale `activation.scale * weight.scale`, axis 0."""
+    index = linear.LINEAR_OPS[node.op_type].bias
+    value, bias = linear.bias_of(node), ir.constant(linear.bias_of(node))
+    assert index is not None and value is not None and bias is not None, "insert_bias needs a constant bias"
+    scale = bias_scale(activation, weight, bias.shape)
+    codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+    name = value.name or "bias"
+    operands = [edit.initializer(f"{name}_quantized", codes), edit.initializer(f"{name}_scale", scale)]
+    result = edit.insert(node, "DequantizeLinear", operands, output=f"{name}_dequantized", attributes={"axis": 0}, like=value)
+    edit.rewire(node, index, result)
+
+
+def bias_scale(activation: QParams, weight: QParams, shape: tuple[int, ...]) -> np.ndarray:
+    """Scale of an INT32 bias, float32 of the bias's shape."""
+    return np.broadcast_to(activation.scale * weight.scale, shape).astype(np.float32)
+
+
+def widen_for_bias(weight: QParams, activation: QParams, bias: np.ndarray | None) -> QParams:
+    """`weight` with the scales of (almost) dead channels raised until the bias codes fit into 30 bits."""
+    if bias is None:
+        return weight
+    least = np.abs(bias.astype(np.float64)) / (INT32_LIMIT * float(activation.scale))
+    return replace(weight, scale=np.maximum(weight.scale, least.astype(np.float32)).astype(np.float32))
+
+
+def _qparam_values(edit: Editor, name: str, qparams: QParams, spec: QuantSpec) -> tuple[ir.Value, ir.Value]:
+    return edit.initializer(f"{name}_scale", qparams.scale), edit.initializer(f"{name}_zero_point", qparams.zero_point, spec.storage)
+
+
+def spec_for_weight(node: ir.Node, spec: QuantSpec, group_size: int | None = None) -> QuantSpec:
+    """`spec` with the axis that fits the weight of `node`: one scale an output channel, or a group along the reduction axis."""
+    if isinstance(spec.granularity, PerTensor):
+        return spec
+    if group_size is not None:
+        return replace(spec, granularity=PerGroup(linear.in_axis(node), group_size))
+    return replace(spec, granularity=PerAxis(linear.out_axis(node)))
+
+
+def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
+    """Bytes of the quantized weights as float32, and as stored with their scales and zero points."""
+    before, after = 0, 0
+    seen: set[ir.Value] = set()
+    for node in ir.all_nodes(model):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
+        if codes is None or codes in seen or not codes.is_initializer() or codes.const_value is None or codes.dtype == ir.DataType.INT32:
+            continue
+        seen.add(codes)
+        before += 4 * int(np.prod(tuple(codes.const_value.shape)))
+        after += sum(value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None)
+    return before, after

@@ -1,0 +1,137 @@
+"""What each runtime can express and what it fuses: tables, read by the passes that place quantizers.
+
+The facts were found by running (DESIGN.md 6); each has a test in `tests/core/test_targets.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from graphq import ir
+from graphq.errors import TargetError
+from graphq.names import unknown_name
+from graphq.spec import PerAxis, PerTensor, QuantSpec
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """How a runtime takes one operator type when it is quantized.
+
+    Attributes:
+        anchor: Worth quantizing for its own sake (it has weights). Others are quantized only between quantized neighbours.
+        quantized_output: There is an integer kernel only if the output is quantized as well.
+        shared_scale: Inputs and output use one scale, so that the integers pass through unchanged.
+    """
+
+    anchor: bool = False
+    quantized_output: bool = False
+    shared_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime as a table.
+
+    Attributes:
+        activation, weight: The formats of its fast integer path; a weight's axis is set per node.
+        bias_int32: Whether a bias may be an INT32 DequantizeLinear with scale `x_scale * w_scale`.
+        symmetric_only: Whether a zero point other than 0 is refused.
+        opset, ir_version: The newest it loads.
+        ops: Rule by operator type; operators without a row stay float.
+        fused_activations: Operators that disappear into the integer kernel before them.
+        storage: Element types that its DequantizeLinear takes.
+        measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
+        builds_engines: Whether results can be compiled to an engine file.
+    """
+
+    name: str
+    about: str
+    activation: QuantSpec
+    weight: QuantSpec
+    bias_int32: bool
+    symmetric_only: bool
+    opset: int
+    ir_version: int
+    ops: Mapping[str, OpRule]
+    fused_activations: frozenset[str] = frozenset()
+    storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
+    measures_speed: bool = False
+    builds_engines: bool = False
+    minimum_opset: int = field(default=21)
+
+
+_SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+_ANCHORS = {"Conv": OpRule(anchor=True), "Gemm": OpRule(anchor=True), "MatMul": OpRule(anchor=True)}
+_ORT_OPS = {
+    **_ANCHORS,
+    "Conv": OpRule(anchor=True, quantized_output=True),
+    "Add": OpRule(quantized_output=True),
+    "Concat": OpRule(quantized_output=True, shared_scale=True),
+    "MaxPool": OpRule(quantized_output=True, shared_scale=True),
+    "GlobalAveragePool": OpRule(quantized_output=True),
+    "AveragePool": OpRule(quantized_output=True),
+    "LeakyRelu": OpRule(quantized_output=True),
+    "Sigmoid": OpRule(quantized_output=True),
+    **{op: OpRule(quantized_output=True, shared_scale=True) for op in _SHAPE_ONLY},
+}
+_INT8 = QuantSpec(8, signed=True, symmetric=True, granularity=PerTensor())
+_INT8_WEIGHT = replace(_INT8, granularity=PerAxis(0))
+
+_TENSORRT = Target(
+    name="tensorrt",
+    about="NVIDIA TensorRT 11: strongly typed, symmetric INT8, float bias",
+    activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
+    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), builds_engines=True,
+)  # fmt: skip
+
+TARGETS: Mapping[str, Target] = MappingProxyType({
+    "onnxruntime": Target(
+        name="onnxruntime",
+        about="ONNX Runtime on a CPU: uint8 activations with int8 weights run on VNNI and AMX",
+        activation=replace(_INT8, signed=False, symmetric=False), weight=_INT8_WEIGHT, bias_int32=True, symmetric_only=False,
+        opset=26, ir_version=13, ops=MappingProxyType(_ORT_OPS), fused_activations=frozenset({"Relu", "Clip"}),
+        storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int32"}), measures_speed=True,
+    ),
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": replace(_TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins"),
+    "generic": Target(
+        name="generic", about="any runtime with QuantizeLinear and DequantizeLinear: symmetric INT8, float bias",
+        activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13,
+        ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int32"}),
+    ),
+})  # fmt: skip
+
+
+def get_target(name: str) -> Target:
+    if name not in TARGETS:
+        raise TargetError(**unknown_name("target", name, TARGETS))
+    return TARGETS[name]
+
+
+def violations(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
+    """What `target` would refuse, as (node, rule)."""
+    if ir.opset(model) > target.opset:
+        yield "model", f"opset {ir.opset(model)} is newer than {target.opset}"
+    for node in ir.all_nodes(model):
+        if node.domain != "" or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        integer = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        storage = str(integer.dtype).lower() if integer is not None and integer.dtype is not None else None
+        if storage is not None and storage not in target.storage and storage.startswith(("int", "uint")):
+            yield ir.describe(node), f"{target.name} does not take {storage} in {node.op_type}"
+        zero = ir.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if target.symmetric_only and zero is not None and np.any(zero.astype(np.int64)):
+            yield ir.describe(node), f"{target.name} refuses zero points other than 0"
+
+
+def require_legal(model: ir.Model, target: Target) -> None:
+    """Raises TargetError naming the first nodes that `target` would refuse, with the rule."""
+    found = list(violations(model, target))
+    if found:
+        rows = "; ".join(f"{node}: {rule}" for node, rule in found[:3])
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise TargetError(f"{target.name} cannot run this model.", where=rows + more, hint="choose another target, or a recipe for this one")

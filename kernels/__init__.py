@@ -1,0 +1,1 @@
+"""Device code: one folder per kernel, each tested against its numpy reference. Kernels know the core and never a pass."""

@@ -1,0 +1,9 @@
+"""The passes that graphq brings along: name in recipes -> "module:Class", imported when a recipe asks for it."""
+
+CATALOG = {
+    "normalize": "graphq.passes.normalize:Normalize",
+    "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
+    "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
+    "equalize": "graphq.passes.equalize:Equalize",
+    "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
+}

@@ -1,0 +1,174 @@
+"""Steps of normalize that ask onnx: shape inference, and raising the operator set with a check that nothing was left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+from onnx import defs, helper
+
+from graphq import ir
+from graphq.errors import GraphqError, ModelError
+from graphq.passes._normalize_graph import graph_nodes, unique_names
+from graphq.pipeline import PassContext
+
+
+def infer_shapes(ctx: PassContext) -> None:
+    """Fill in the element types and dimensions that are not stated. What cannot be inferred stays unknown, with a note."""
+    values = {value.name: value for value in _all_values(ctx.model) if value.name}
+    if all(value.dtype is not None and value.shape is not None for value in values.values()):
+        return
+    try:
+        shell = ir.to_proto(ir.without_weights(ctx.model)[0])
+        inferred = onnx.shape_inference.infer_shapes(shell, check_type=False, strict_mode=False, data_prop=True)
+    except Exception as error:  # onnx raises several types; a model without shapes still converts
+        ctx.skipped.append(("shape inference", f"onnx cannot infer shapes: {str(error).strip()[:200]}"))
+        return
+    for entry in _entries(inferred.graph):
+        value = values.get(entry.name)
+        if value is not None and entry.type.HasField("tensor_type") and _merge(value, entry.type.tensor_type):
+            ctx.edit.edits["shape"] += 1
+
+
+def _all_values(model: ir.Model) -> Iterator[ir.Value]:
+    for node in graph_nodes(model):
+        yield from node.outputs
+
+
+def _entries(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from [*graph.output, *graph.value_info]
+    for node in graph.node:
+        for entry in node.attribute:
+            for subgraph in [entry.g, *entry.graphs]:
+                yield from _entries(subgraph)
+
+
+def _merge(value: ir.Value, tensor: onnx.TypeProto.Tensor) -> bool:
+    """Complete a value's type and shape; what it states already is kept."""
+    changed = False
+    if value.dtype is None and tensor.elem_type:
+        value.dtype = ir.DataType(tensor.elem_type)
+        changed = True
+    if value.dtype is None or not tensor.HasField("shape"):
+        return changed
+    new = tuple(_dim(entry) for entry in tensor.shape.dim)
+    old = ir.shape_of(value)
+    if old is not None and len(old) != len(new):
+        return changed
+    merged = new if old is None else tuple(a if isinstance(a, int) or b is None else b if a is None or isinstance(b, int) else a
+                                           for a, b in zip(old, new, strict=True))  # fmt: skip
+    if merged != old:
+        value.shape = ir.Shape(merged)
+        changed = True
+    return changed
+
+
+def _dim(entry: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if entry.HasField("dim_value"):
+        return entry.dim_value
+    return None if entry.dim_param.startswith("unk__") else entry.dim_param or None
+
+
+# ---- operator set ---------------------------------------------------------------------------------------------------
+
+
+def raise_opset(ctx: PassContext) -> None:
+    """Raise the default operator set to the target's minimum, and the file format to the one that goes with it.
+
+    Raises:
+        ModelError: an operator cannot be converted.
+    """
+    model, wanted = ctx.model, ctx.target.minimum_opset
+    before = ir.opset(model)
+    if before < wanted:
+        if any(node.domain == "" for node in ir.all_nodes(model)):
+            _convert(ctx, before, wanted)
+        else:
+            model.opset_imports[""] = wanted
+            ctx.edit.edits["opset"] += 1
+    _set_format(ctx)
+
+
+def _set_format(ctx: PassContext) -> None:
+    imports = [helper.make_opsetid("", ir.opset(ctx.model))]
+    lowest = max(10, helper.find_min_ir_version_for(imports, ignore_unknown=True))
+    version = min(max(ctx.model.ir_version, lowest), ctx.target.ir_version)
+    if version != ctx.model.ir_version:
+        ctx.model.ir_version = version
+        ctx.edit.edits["ir_version"] += 1
+
+
+def _convert(ctx: PassContext, before: int, wanted: int) -> None:
+    with _captured("onnxscript") as records:
+        try:
+            ctx.edit.raise_opset(wanted)
+        except Exception as error:  # the converters raise several unrelated types
+            if isinstance(error, GraphqError) and not isinstance(error, ModelError):
+                raise
+            cause = next((record.exc_info[1] for record in records if record.exc_info), None) or error
+            raise _cannot(ctx.model, before, wanted, str(cause)) from error
+    left = next((record.getMessage() for record in records if record.getMessage().startswith("Skipping version conversion")), None)
+    if left is not None:
+        raise _cannot(ctx.model, before, wanted, left)
+    unique_names(ctx.edit)
+    for node in graph_nodes(ctx.model):
+        fault = _fault(node, wanted) or (_group_norm_fault(node) if before < 21 <= wanted else None)
+        if fault is not None:
+            raise _cannot(ctx.model, before, wanted, fault, node)
+
+
+def _cannot(model: ir.Model, before: int, wanted: int, why: str, node: ir.Node | None = None) -> ModelError:
+    if node is None:
+        words = set(why.replace("'", " ").replace(":", " ").replace(",", " ").split())
+        node = next((one for one in graph_nodes(model) if one.op_type in words), None)
+    return ModelError(
+        f"The model cannot be raised from opset {before} to {wanted}: {why.strip()[:300]}", where="" if node is None else ir.describe(node),
+        expected=f"opset {wanted}, the lowest that has the formats of this target",
+        hint=f"export the model again with opset_version={wanted}, or replace this operator",
+    )  # fmt: skip
+
+
+def _fault(node: ir.Node, version: int) -> str | None:
+    """What of `node` its definition in opset `version` does not know: the converters leave some operators behind silently."""
+    if node.domain:
+        return None
+    try:
+        schema = defs.get_schema(node.op_type, version, "")
+    except defs.SchemaError:
+        return f"{node.op_type} does not exist in opset {version}"
+    if schema.deprecated:
+        return f"{node.op_type} does not exist in opset {version}"
+    unknown = [name for name in node.attributes if name not in schema.attributes]
+    if unknown:
+        return f"{node.op_type} has no attribute {unknown[0]!r} in opset {version}"
+    if not schema.min_input <= len(node.inputs) <= schema.max_input:
+        return f"{node.op_type} does not take {len(node.inputs)} inputs in opset {version}"
+    return None
+
+
+def _group_norm_fault(node: ir.Node) -> str | None:
+    """From opset 21 on, GroupNormalization has a scale per channel instead of per group."""
+    if node.op_type != "GroupNormalization" or node.domain:
+        return None
+    data, scale = (ir.shape_of(value) for value in node.inputs[:2])
+    if data is None or scale is None or not isinstance(data[1], int) or scale != (data[1],):
+        return f"the scale of GroupNormalization has shape {scale}, and the data {data}: it is not known to be per channel"
+    return None
+
+
+@contextmanager
+def _captured(name: str) -> Iterator[list[logging.LogRecord]]:
+    """Collect what a library logs instead of letting it reach the terminal."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

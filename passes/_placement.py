@@ -1,0 +1,144 @@
+"""Which edges get a quantizer: read off the target's table, before any data is seen.
+
+Anchors (operators with weights) are quantized for their own sake. Operators between them (Add, Concat, MaxPool, shape
+changes) are quantized only where all they read and something that reads them is quantized anyway, so that integers flow
+through; everything else, softmax, normalization, masks, index arithmetic, positional tables, stays float because no rule names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from graphq import ir, linear
+from graphq.targets import Target
+
+Reader = tuple[ir.Node, int]
+
+
+@dataclass
+class Placement:
+    """Where quantizers go.
+
+    Attributes:
+        anchors: Linear nodes to quantize, in topological order.
+        readers: For each value to quantize, the (node, input index) pairs that shall read it quantized.
+        groups: Values that must share one scale, each list of length 2 or more.
+        skipped: Nodes left float, with the reason.
+    """
+
+    anchors: list[ir.Node] = field(default_factory=list)
+    readers: dict[ir.Value, list[Reader]] = field(default_factory=dict)
+    groups: list[list[ir.Value]] = field(default_factory=list)
+    skipped: list[tuple[ir.Node, str]] = field(default_factory=list)
+
+
+def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_float: Mapping[ir.Node, str] | None = None) -> Placement:
+    """Decide for every node of the main graph.
+
+    Args:
+        exclude: Patterns (`*`, `?`) of node names or operator types that stay float.
+        keep_float: Further nodes that stay float, with the reason.
+    """
+    plan = Placement()
+    for node in model.graph:
+        reason = _refusal(node, target, exclude, keep_float or {})
+        if reason is None:
+            plan.anchors.append(node)
+        elif reason:
+            plan.skipped.append((node, reason))
+    whole = {fused_output(node, target): node for node in plan.anchors if target.ops[node.op_type].quantized_output}
+    flowing = _flow(model, target, set(whole), set(plan.anchors), exclude)
+    whole |= {fused_output(node, target): node for node in flowing}
+    for value in whole:
+        plan.readers[value] = [(use.node, use.idx) for use in value.uses()]
+    for node in plan.anchors:
+        value = node.inputs[linear.LINEAR_OPS[node.op_type].data]
+        if value is not None and value not in whole:
+            plan.readers.setdefault(value, []).append((node, linear.LINEAR_OPS[node.op_type].data))
+    plan.groups = _groups(flowing, target)
+    return plan
+
+
+def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: Mapping[ir.Node, str]) -> str | None:
+    """None to quantize `node`, a reason to report, or "" for nodes that nobody expects to be quantized."""
+    rule = target.ops.get(node.op_type) if node.domain == "" else None
+    if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
+        return ""
+    if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude):
+        return "excluded by the recipe"
+    if rule is None or not rule.anchor:
+        return f"{target.name} has no integer kernel for {node.op_type}"
+    if node in keep_float:
+        return keep_float[node]
+    data = node.inputs[linear.LINEAR_OPS[node.op_type].data]
+    if data is None or data.is_initializer() or not ir.is_float(data):
+        return "its data input is not a float32 activation"
+    if ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear":  # type: ignore[union-attr]
+        return "it is quantized already"
+    return linear.linear_refusal(node)
+
+
+def fused_output(node: ir.Node, target: Target) -> ir.Value:
+    """The value that leaves the integer kernel: past an activation that the runtime fuses, if nothing else reads before it."""
+    value = node.outputs[0]
+    uses = value.uses()
+    if len(uses) == 1 and not value.is_graph_output():
+        reader = uses[0].node
+        if reader.domain == "" and reader.op_type in target.fused_activations and reader.inputs[0] is value and reader.graph is node.graph:
+            return reader.outputs[0]
+    return value
+
+
+def _flow(model: ir.Model, target: Target, whole: set[ir.Value], anchors: set[ir.Node], exclude: Sequence[str]) -> list[ir.Node]:
+    """Nodes without weights that can stay integer, in topological order."""
+    quantized, found = set(whole), list[ir.Node]()
+    for node in model.graph:
+        rule = target.ops.get(node.op_type) if node.domain == "" else None
+        if rule is None or rule.anchor or node in anchors or node.op_type in exclude:
+            continue
+        if all(value in quantized for value in _operands(node)) and len(node.outputs) == 1 and _operands(node):
+            found.append(node)
+            quantized.add(fused_output(node, target))
+    useful = set(found)
+    while idle := [node for node in useful if not _feeds(fused_output(node, target), anchors | useful)]:
+        useful.difference_update(idle)
+    return [node for node in found if node in useful]
+
+
+def _operands(node: ir.Node) -> list[ir.Value]:
+    """The values that carry data: all inputs that are not integer constants (shapes, axes)."""
+    return [value for value in node.inputs if value is not None and not (value.is_initializer() and value.dtype != ir.DataType.FLOAT)]
+
+
+def _feeds(value: ir.Value, nodes: set[ir.Node]) -> bool:
+    return any(use.node in nodes for use in value.uses())
+
+
+def _groups(flowing: Sequence[ir.Node], target: Target) -> list[list[ir.Value]]:
+    """Connected sets of values that shared-scale operators tie together."""
+    parent: dict[ir.Value, ir.Value] = {}
+
+    def root(value: ir.Value) -> ir.Value:
+        while parent.setdefault(value, value) is not value:
+            value = parent[value]
+        return value
+
+    for node in flowing:
+        if target.ops[node.op_type].shared_scale:
+            for value in _operands(node):
+                parent[root(value)] = root(fused_output(node, target))
+    members: dict[ir.Value, list[ir.Value]] = {}
+    for value in parent:
+        members.setdefault(root(value), []).append(value)
+    return [group for group in members.values() if len(group) > 1]
+
+
+def tied(plan: Placement) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
+    """Each value to quantize, with the values that share its scale (itself at least)."""
+    group_of = {value: group for group in plan.groups for value in group}
+    for value in plan.readers:
+        yield value, group_of.get(value, [value])
+
+
