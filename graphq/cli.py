@@ -9,45 +9,53 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from graphq import __version__, console
 from graphq.errors import GraphqError, UsageError
+from graphq.names import unknown_name
 
 if TYPE_CHECKING:
     from graphq.report import Report
 
 app = typer.Typer(
-    name="graphq", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    name="graphq", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Makes ONNX models smaller and faster, and shows that they still work.",
 )  # fmt: skip
-recipes = typer.Typer(rich_markup_mode=None, help="List the built-in recipes, show one to copy and edit, or print the JSON schema for editors.")
-passes = typer.Typer(rich_markup_mode=None, help="List the passes that recipes can name, or show the options of one.")
+recipes = typer.Typer(rich_markup_mode=None, help="List or show the built-in recipes.")
+passes = typer.Typer(rich_markup_mode=None, help="List the passes, or show the options of one.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(passes, name="passes", invoke_without_command=True)
 
+TARGET_NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "generic")
+"""`graphq.targets.TARGETS`, known without importing it."""
 
-class TargetName(StrEnum):
-    """`graphq.targets.TARGETS`, known without importing it."""
-
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-    GENERIC = "generic"
+EMIT_KINDS = ("onnx", "engine")
 
 
-class EmitKind(StrEnum):
-    ONNX = "onnx"
-    ENGINE = "engine"
+def _one_of(kind: str, names: Sequence[str], about: str) -> Any:
+    """An option that takes one of `names`, and says which one was meant."""
+
+    def check(value: str) -> str:
+        if value in names:
+            return value
+        wrong = unknown_name(kind, value, names)
+        raise typer.BadParameter(f"{wrong['what']} Expected {wrong['expected']}{wrong['hint'] and '; ' + wrong['hint']}")
+
+    return typer.Option(metavar="|".join(names), callback=check, autocompletion=lambda: list(names), help=about)
 
 
+_ARRAYS = "an .npz with one array per model input, an .npy, or a folder of images"
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
+Calib = Annotated[Path | None, typer.Option(help=f"Calibration inputs: {_ARRAYS}.")]
 Preprocess = Annotated[str | None, typer.Option(help="How uint8 images become inputs: imagenet, inception, unit, none, or a YAML file.")]
-TargetOption = Annotated[TargetName, typer.Option(help="The runtime to write for.")]
+Evaluate = Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`: measure accuracy before and after.")]
+TargetName = Annotated[str, _one_of("target", TARGET_NAMES, "The runtime to write for.")]
+EmitKind = Annotated[str, _one_of("kind of result", EMIT_KINDS, "Write an ONNX model, or a TensorRT engine.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -66,6 +74,11 @@ def parse_size(text: str | int) -> int:
     return count
 
 
+MemoryBudget = Annotated[
+    int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB", help="Memory for activations, such as 512MB.")
+]  # fmt: skip
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.say(f"graphq {__version__}")
@@ -73,7 +86,9 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
     pass
 
 
@@ -86,24 +101,25 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")],
     recipe: Annotated[str, typer.Option(help="A built-in recipe (see `graphq recipes`) or a YAML file.")] = "int8",
-    calib: Annotated[Path | None, typer.Option(help="Calibration inputs: an .npz with one array per model input, an .npy, or a folder of images.")] = None,
+    calib: Calib = None,
     preprocess: Preprocess = None,
-    target: TargetOption = TargetName.ONNXRUNTIME,
-    emit: Annotated[EmitKind, typer.Option(help="Write an ONNX model, or a TensorRT engine.")] = EmitKind.ONNX,
-    evaluate: Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`, to measure accuracy before and after.")] = None,
+    target: TargetName = "onnxruntime",
+    emit: EmitKind = "onnx",
+    evaluate: Evaluate = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.json.")] = None,
     seed: Seed = 0,
-    memory_budget: Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB", help="Memory for activations, such as 512MB.")] = 2 << 30,
+    memory_budget: MemoryBudget = 2 << 30,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compress MODEL by a recipe, verify the result and write it to OUT."""
+    """Make MODEL smaller and faster by a recipe."""
     from graphq.convert import convert as run
 
+    kind = cast(Literal["onnx", "engine"], emit)
     with console.progress_bar(enabled=not quiet) as progress:
         result = run(
-            model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target.value, emit=emit.value, evaluate=evaluate,
+            model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target, emit=kind, evaluate=evaluate,
             report_dir=report, seed=seed, memory_budget=memory_budget, command=shlex.join(["graphq", *context.obj]), progress=progress,
         )  # fmt: skip
     if as_json:
@@ -119,14 +135,14 @@ def convert(
 def inspect(
     model: Model,
     kernels: Annotated[bool, typer.Option("--kernels", help="Ask ONNX Runtime which nodes it computes on integers.")] = False,
-    target: TargetOption = TargetName.ONNXRUNTIME,
+    target: TargetName = "onnxruntime",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is in MODEL, what can be quantized and why not, and which targets and recipes fit."""
+    """Show what is in MODEL and what fits it."""
     from graphq.inspect import inspect as look
 
-    found, used = look(model, target.value), None
+    found, used = look(model, target), None
     if kernels:
         from graphq.kernels_used import kernels as kernels_of
 
@@ -141,15 +157,15 @@ def inspect(
 def compare(
     model_a: Annotated[Path, typer.Argument(metavar="A", help="The original ONNX file.")],
     model_b: Annotated[Path, typer.Argument(metavar="B", help="The ONNX file to compare with it.")],
-    data: Annotated[Path | None, typer.Option(help="Inputs: an .npz with one array per model input, an .npy, or a folder of images. Random without it.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"Inputs: {_ARRAYS}. Random without it.")] = None,
     preprocess: Preprocess = None,
     samples: Annotated[int, typer.Option(min=1, help="Use at most so many samples.")] = 64,
-    layers: Annotated[bool, typer.Option("--layers", help="Compare every value that both models have, instead of the outputs; worst first.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare every value that both models have; worst first.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show how far the outputs of B are from those of A on the same inputs."""
+    """Show how far the outputs of B are from those of A."""
     from graphq.inspect import compare_files
 
     found, described = compare_files(model_a, model_b, data, preprocess=preprocess, samples=samples, layers=layers, seed=seed)
@@ -165,7 +181,7 @@ def compare(
 @app.command()
 def report(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A converted ONNX file, a report.json, or the folder of one.")],
            as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
-    """Show how a model was made: the report that `convert` left in it."""
+    """Show how a converted model was made."""
     found = _read_report(model)
     if as_json:
         sys.stdout.write(found.to_json() + "\n")

@@ -42,9 +42,9 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=None if terminal else PLAIN_WIDTH)
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+def table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under a line of headings; a column is a heading, or (heading, alignment)."""
-    grid = Table(box=None, pad_edge=False, title=Text(title) if title else None, title_justify="left", title_style="bold", header_style="dim")
+    grid = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         heading, align = (column, "left") if isinstance(column, str) else column
         grid.add_column(heading, justify=align, overflow="fold")  # type: ignore[arg-type]
@@ -61,7 +61,8 @@ def progress_bar(enabled: bool = True) -> Iterator[Callable[[str, int, int], Non
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
         task = bar.add_task("start", total=None)
         current = ""
@@ -113,13 +114,13 @@ def summary(report: Report, folder: object = None) -> None:
     table(("", ("before", "right"), ("after", "right"), ""), _before_after(report))
     comparisons(report.comparison)
     if report.quantized:
-        weights = f"; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}" if report.weight_bytes_after else ""
-        say(f"quantized: {counts(report.quantized)}{weights}")
+        say(f"quantized: {counts(report.quantized)}; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}")
     if report.integer_kernels:
         say(f"integer kernels: {counts(report.integer_kernels)}")
     _kept_float(report)
     for gate in report.gates:
-        say(f"gate {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}: {'passed' if gate.passed else 'MISSED'}", style="" if gate.passed else "red")
+        verdict, style = ("passed", "") if gate.passed else ("MISSED", "red")
+        say(f"gate {gate.name} {gate.limit:.4g}: {gate.value:.4g}, {verdict}", style=style)
     say(f"calibrated on {report.calibration.description}")
     for note in report.notes:
         say(f"Note: {note}", style="bold yellow")
@@ -130,9 +131,13 @@ def summary(report: Report, folder: object = None) -> None:
 def provenance(report: Report) -> None:
     """What `graphq report` prints."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    say(f"made by graphq {report.graphq} on {report.created}, seed {report.seed}; {versions}")
+    when = f" on {report.created}" if report.created else ""
+    say(f"made by graphq {report.graphq}{when}, seed {report.seed}; {versions}")
     summary(report)
-    rows = [(one.name, ", ".join(f"{key}: {value}" for key, value in one.options.items()), counts(one.edits), f"{one.seconds:.2f} s") for one in report.passes]
+    rows = []
+    for one in report.passes:
+        options = ", ".join(f"{key}: {value}" for key, value in one.options.items())
+        rows.append((one.name, options, counts(one.edits), f"{one.seconds:.2f} s" if one.seconds else ""))
     table(("pass", "options", "edits", ("time", "right")), rows)
     say(f"recipe:\n{report.recipe.rstrip()}")
 
@@ -142,7 +147,7 @@ def _before_after(report: Report) -> Iterator[tuple[str, str, str, str]]:
     yield "size", size(before), size(after), f"{before / after:.2f} times smaller" if after else ""
     if (accuracy := report.accuracy) is not None:
         change = 100 * (accuracy.result - accuracy.reference)
-        yield f"{accuracy.metric}, {accuracy.samples} samples", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
+        yield f"{accuracy.metric} on {accuracy.samples} samples", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
     if (latency := report.latency) is not None:
         what = f"latency, batch {latency.batch}" + (f", {latency.threads} threads" if latency.threads else "")
         faster = f"{latency.speedup:.2f} times faster" if latency.speedup >= 1 else f"{1 / latency.speedup:.2f} times SLOWER"
@@ -174,7 +179,8 @@ def inspection(found: Inspection, used: KernelsUsed | None = None) -> None:
     """What `graphq inspect` prints."""
     file = found.file
     produced = f", made by {found.producer}" if found.producer else ""
-    say(f"{file.path}: {size(file.bytes)}, {file.parameters:,} parameters, opset {file.opset}, IR version {found.ir_version}{produced}", style="bold")
+    facts = f"{size(file.bytes)}, {file.parameters:,} parameters, opset {file.opset}, IR version {found.ir_version}"
+    say(f"{file.path}: {facts}{produced}", style="bold")
     if found.domains:
         say(f"other operator sets: {', '.join(f'{name} {version}' for name, version in found.domains.items())}")
     table(("", "name", "type", "shape"), [

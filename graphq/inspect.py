@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _linear_nodes(model: ir.Model) -> Iterator[LinearNode]:
             storage = _type_name(weight.dtype)
         refusal = f"already quantized ({storage})" if storage else linear.linear_refusal(node)
         tensor = weight.const_value if weight is not None else None
-        yield LinearNode(node.name or "", node.op_type, None if tensor is None else tuple(map(int, tensor.shape)), refusal, storage)
+        yield LinearNode(node.name or "", node.op_type, None if tensor is None else tuple(tensor.shape.numpy()), refusal, storage)
 
 
 def _dynamic_axes(model: ir.Model) -> Iterator[str]:
@@ -201,17 +201,21 @@ def compare_files(a: str | Path, b: str | Path, data: str | Path | None = None, 
     names = _shared_values(first, second) if layers else _shared_outputs(first, second, f"{a} and {b}")
     calibration = open_calibration("random" if data is None else data, ir.inputs(first), preprocess=preprocess, seed=seed).take(samples)
     fetches = [Fetch(name) for name in names]
-    found = verify.compare(Executor(first, fetches, deployed=not layers), Executor(second, fetches, deployed=not layers), calibration, names)
-    return tuple(sorted(found, key=lambda one: one.sqnr_db)) if layers else found, calibration.description
+    reference, result = (Executor(model, fetches, deployed=not layers) for model in (first, second))
+    found = verify.compare(reference, result, calibration, names)
+    if layers:
+        found = tuple(replace(one, top1_agreement=None) for one in sorted(found, key=lambda one: one.sqnr_db))
+    return found, calibration.description
 
 
 def _shared_outputs(a: ir.Model, b: ir.Model, where: str) -> list[str]:
-    interfaces = [({entry.name for entry in ir.inputs(model)}, [value.name or "" for value in model.graph.outputs]) for model in (a, b)]
-    for what, index in (("inputs", 0), ("outputs", 1)):
-        if set(interfaces[0][index]) != set(interfaces[1][index]):
-            raise ModelError(f"The models have different {what}.", where=where, expected=f"the same: {sorted(interfaces[0][index])} is not {sorted(interfaces[1][index])}",
-                             hint="compare a model with one that was made from it")  # fmt: skip
-    return list(interfaces[0][1])
+    outputs = [[value.name or "" for value in model.graph.outputs] for model in (a, b)]
+    inputs = [[entry.name for entry in ir.inputs(model)] for model in (a, b)]
+    for what, (ours, theirs) in (("inputs", inputs), ("outputs", outputs)):
+        if set(ours) != set(theirs):
+            raise ModelError(f"The models have different {what}: {', '.join(ours)} and {', '.join(theirs)}.", where=where,
+                             expected="the same names", hint="compare a model with one that was made from it")  # fmt: skip
+    return outputs[0]
 
 
 def _shared_values(a: ir.Model, b: ir.Model) -> list[str]:
@@ -279,4 +283,5 @@ def _schema_text(entry: Mapping[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_schema_text(entry.get('items', {}))}"
     limits = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-    return " ".join([entry.get("type", "value"), *(f"{sign} {entry[key]}" for key, sign in limits if key in entry)])
+    bounds = " and ".join(f"{sign} {entry[key]}" for key, sign in limits if key in entry)
+    return f"{entry.get('type', 'value')} {bounds}".rstrip()

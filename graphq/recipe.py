@@ -60,7 +60,6 @@ class Gates:
         max_accuracy_drop: Points of top-1 accuracy that may be lost on the evaluation set.
         min_speedup: Latency of the original over latency of the result, measured on the target.
         min_cosine: Cosine similarity of each output with that of the original model.
-        max_size_ratio: Bytes of the result over bytes of the original.
         max_size_ratio: Size of the result over that of the original file; larger than the input is refused unless this says more.
     """
 
@@ -68,7 +67,6 @@ class Gates:
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
-    max_size_ratio: Annotated[float, Field(gt=0)] = 1.0
     max_size_ratio: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -257,10 +255,10 @@ class _Document:
         """Note the lines of `node` and of all below; refuse what YAML takes and a recipe must not hold."""
         if node is None:
             return
-        self.lines.setdefault(path, node.start_mark.line + 1)
         if id(node) in seen:
             raise self.error(path, "Recipes take no YAML aliases.", expected="a value", hint="write the value out instead of *name")
         seen.add(id(node))
+        self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self._index(item, (*path, index), seen)

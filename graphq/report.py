@@ -285,8 +285,10 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def embed(model: ir.Model, report: Report) -> None:
-    """Put the report into the model's metadata, without what tells about the
-    machine that made it (folders, command line, times): the same model, data, recipe and seed give the same bytes."""
+    """Put the report into the model's metadata, without what tells about the machine that made it.
+
+    Folders, the command line and times are left out, so that the same model, data, recipe and seed give the same bytes.
+    """
     report = replace(
         report,
         created="",

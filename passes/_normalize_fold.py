@@ -22,6 +22,9 @@ _KEPT = frozenset({
     "GridSample", "MaxPool", "AveragePool", "LpPool", "RoiAlign", "MaxRoiPool", "NonMaxSuppression",  # slow or inexact in the reference
 })  # fmt: skip
 
+_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+"""Only moved, never computed with: runtimes accumulate these types in float32, the reference does not."""
+
 
 def fold_constants(edit: Editor, limit: int) -> None:
     """Compute, in topological order, every node all of whose inputs are constants.
@@ -50,7 +53,9 @@ def _is_candidate(node: ir.Node) -> bool:
     if any(out.is_graph_output() for out in node.outputs):
         return False
     present = [value for value in node.inputs if value is not None]
-    return bool(present) and all(_is_numeric(value) for value in present)
+    if not present or not all(_is_numeric(value) for value in present):
+        return False
+    return node.op_type in _LAYOUT or not any(value.dtype in _HALF for value in (*present, *node.outputs))
 
 
 def _is_numeric(value: ir.Value) -> bool:

@@ -123,6 +123,8 @@ def drop_identities(edit: Editor) -> None:
             continue
         if source.type is None:
             source.type = out.type
+        if out.shape is not None and (source.shape is None or out.is_graph_output()):
+            source.shape = out.shape
         edit.replace(out, source)
         edit.remove(node)
 

@@ -101,6 +101,9 @@ def _set_format(ctx: PassContext) -> None:
 
 
 def _convert(ctx: PassContext, before: int, wanted: int) -> None:
+    scan = next((node for node in graph_nodes(ctx.model) if node.op_type == "Scan" and node.domain == ""), None)
+    if before < 9 and scan is not None:
+        raise _cannot(ctx.model, before, wanted, "Scan has a batch axis before opset 9, which the converter drops", scan)
     with _captured("onnxscript") as records:
         try:
             ctx.edit.raise_opset(wanted)

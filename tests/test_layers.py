@@ -55,7 +55,7 @@ def imports(module: str, source: str, is_package: bool = False) -> Iterator[Impo
             base = ".".join([*start, *([node.module] if node.module else [])])
             for alias in node.names:
                 below = f"{base}.{alias.name}"
-                yield Import(below if below in FILES or base in FOLDERS and node.level else base, node.lineno, lazy, typing)
+                yield Import(below if below in FILES or (base in FOLDERS and node.level) else base, node.lineno, lazy, typing)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         typing = typing or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.iter_child_nodes(node):
