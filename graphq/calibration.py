@@ -8,53 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from graphq.arrays import Bounds, Column, is_float, open_npy, open_npz
 from graphq.errors import DataError
-from graphq.preprocess import (
-    PRESETS,
-    Preprocess,
-    describe,
-    did_you_mean,
-    format_shape,
-    image_shape,
-    open_images,
-    resolve_preprocess,
-)
+from graphq.preprocess import PRESETS, Preprocess, describe, did_you_mean, format_shape, image_shape, open_images, resolve_preprocess
+from graphq.random_inputs import random_columns
 from graphq.spec import ModelInput
-
-MAX_LOAD_BYTES = 1 << 30
-"""Limit of one sample of a compressed npz member; of all of it in Fortran order, since that has to be loaded whole."""
 
 RANDOM_COUNT = 32
 """Samples of `open_calibration("random", ...)`."""
 
 _HASH_ROWS = 8
 _BLOCK_BYTES = 1 << 20
-_DEFLATE_RATIO = 1032  # no deflate stream expands more
-_FILE_ERRORS = (OSError, EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
-
-Bounds = Iterable[tuple[int, int]]
-
-
-class Column(Protocol):
-    """The samples of one model input: an array `[samples, ...]` that is read in ascending row ranges."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def stream(self, bounds: Bounds) -> Iterator[np.ndarray]: ...
-
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -129,7 +101,7 @@ class CalibrationSet:
             part = replace(self.preprocess, layout=layout).apply(part)
         with np.errstate(over="ignore", invalid="ignore"):
             result = np.array(part, dtype=model_input.dtype, order="C")
-        if _is_float(result.dtype) and result.size and not (finite := np.isfinite(result)).all():
+        if is_float(result.dtype) and result.size and not (finite := np.isfinite(result)).all():
             bad = int(np.argmin(finite.reshape(len(result), -1).all(axis=1)))
             raise DataError(
                 f"NaN or Inf in the data for input '{model_input.name}', first in sample {first + bad}",
@@ -164,10 +136,7 @@ class CalibrationSet:
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes, rows, preprocessing and content (the bytes of files, if in files)."""
         declared = self.preprocess.to_json() if self.preprocess else ""
-        head = [
-            (i.name, str(i.dtype), i.shape, str(c.dtype), c.shape)
-            for i, c in zip(self.inputs, self.columns, strict=True)
-        ]
+        head = [(i.name, str(i.dtype), i.shape, str(c.dtype), c.shape) for i, c in zip(self.inputs, self.columns, strict=True)]
         total = hashlib.sha256(repr((head, self.start, self.stop, declared)).encode())
         for path in self.files:
             total.update(path.name.encode() + b"\0")
@@ -222,26 +191,28 @@ def open_calibration(
     if not path.exists():
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) or "check the path"
-        raise DataError(
-            "the calibration data does not exist", where=str(path), expected="a .npz, .npy or folder", hint=hint
-        )
+        raise DataError("the calibration data does not exist", where=str(path), expected="a .npz, .npy or folder", hint=hint)
     kind = "folder" if path.is_dir() else path.suffix.lower().removeprefix(".")
     if kind not in ("folder", "npz", "npy"):
         hint = "np.savez(path, **{input_name: array}) writes one that fits"
-        raise DataError(
-            "unknown kind of calibration data", where=str(path), expected="a .npz, .npy or folder of images", hint=hint
-        )
+        raise DataError("unknown kind of calibration data", where=str(path), expected="a .npz, .npy or folder of images", hint=hint)
     if kind != "npz" and len(inputs) != 1:
         names = ", ".join(i.name for i in inputs)
         hint = f"give an .npz with the arrays {names}"
-        raise DataError(
-            f"a {kind} feeds one input, the model has {len(inputs)}", where=str(path), expected="a .npz", hint=hint
-        )
+        raise DataError(f"a {kind} feeds one input, the model has {len(inputs)}", where=str(path), expected="a .npz", hint=hint)
     if kind == "folder":
         images = open_images(path, inputs[0], chosen)
         return _assemble({inputs[0].name: images}, inputs, kind, str(path), chosen, images.paths)
     found = open_npz(path) if kind == "npz" else {inputs[0].name: open_npy(path)}
     return _assemble(found, inputs, kind, str(path), chosen, (path,))
+
+
+def random_calibration(inputs: Sequence[ModelInput], count: int, seed: int = 0) -> CalibrationSet:
+    """`count` random samples (rounded up to the model's fixed batch), see `graphq.random_inputs`."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    columns = random_columns(inputs, count, _fixed_batch(inputs) or 1, seed)
+    return _assemble(columns, inputs, "random", f"random numbers, seed {seed}")
 
 
 # Checks of arrays against inputs
@@ -260,16 +231,12 @@ def _assemble(
     return CalibrationSet(tuple(inputs), kind, source, columns, 0, count, files, preprocess)
 
 
-def _check(
-    found: Mapping[str, Column], inputs: Sequence[ModelInput], pre: Preprocess | None, where: str, images: bool = False
-) -> int:
+def _check(found: Mapping[str, Column], inputs: Sequence[ModelInput], pre: Preprocess | None, where: str, images: bool = False) -> int:
     """The number of samples, if there is exactly one fitting array per input."""
     names = [i.name for i in inputs]
     missing, extra = [n for n in names if n not in found], [n for n in found if n not in names]
     if missing or extra:
-        rows = [f"no array for input '{name}'" for name in missing] + [
-            f"array '{name}' is no input of the model" for name in extra
-        ]
+        rows = [f"no array for input '{name}'" for name in missing] + [f"array '{name}' is no input of the model" for name in extra]
         guess = did_you_mean(missing[0], extra) if missing else did_you_mean(extra[0], names)
         expected = f"arrays {', '.join(names)}"
         raise DataError("; ".join(rows), where=where, expected=expected, hint=guess or "rename, add or remove arrays")
@@ -278,20 +245,14 @@ def _check(
     counts = {name: found[name].shape[0] for name in names}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        raise DataError(
-            "the inputs have different numbers of samples", where=f"{where}: {text}", expected="the same on axis 0"
-        )
+        raise DataError("the inputs have different numbers of samples", where=f"{where}: {text}", expected="the same on axis 0")
     if not counts or 0 in counts.values():
-        raise DataError(
-            "there are no samples", where=where, expected="at least one sample", hint="give data for the model's inputs"
-        )
+        raise DataError("there are no samples", where=where, expected="at least one sample", hint="give data for the model's inputs")
     fixed = sorted({(i.shape[0], i.name) for i in inputs if i.shape and isinstance(i.shape[0], int)})
     if len({size for size, _ in fixed}) > 1:
         text = ", ".join(f"{name}: {size}" for size, name in fixed)
         hint = "export the model with a dynamic batch dimension"
-        raise DataError(
-            "the model's inputs have different fixed batches", where=text, expected="one size on axis 0", hint=hint
-        )
+        raise DataError("the model's inputs have different fixed batches", where=text, expected="one size on axis 0", hint=hint)
     return next(iter(counts.values()))
 
 
@@ -302,34 +263,21 @@ def _check_column(model_input: ModelInput, column: Column, pre: Preprocess | Non
         _, height, width, channels = image_shape(model_input, pre)
         dims = (None, height, width, channels)
     fits = dims is None or len(dims) == len(column.shape)
-    fits = fits and all(
-        not isinstance(d, int) or d == n for d, n in list(zip(dims or (), column.shape, strict=False))[1:]
-    )
+    fits = fits and all(not isinstance(d, int) or d == n for d, n in list(zip(dims or (), column.shape, strict=False))[1:])
     if dims == () or not column.shape or not fits:
         lacks_axis = dims is not None and len(column.shape) == len(dims) - 1
-        hint = (
-            "the first axis must be the samples: array[None] is a batch of one"
-            if lacks_axis
-            else "reshape or resize the array"
-        )
+        hint = "the first axis must be the samples: array[None] is a batch of one" if lacks_axis else "reshape or resize the array"
         expected = f"shape {format_shape(None if dims is None else ('samples', *dims[1:]))}"
         if dims == ():
-            hint, expected = (
-                "make it a constant of the model, or give it a batch dimension",
-                "an input with a first axis of samples",
-            )
+            hint, expected = ("make it a constant of the model, or give it a batch dimension", "an input with a first axis of samples")
         expected += " of uint8 pixels" if pixels else ""
-        raise DataError(
-            f"the array for input '{model_input.name}' is {have}", where=where, expected=expected, hint=hint
-        )
-    floats = _is_float(dtype) and _is_float(column.dtype)
+        raise DataError(f"the array for input '{model_input.name}' is {have}", where=where, expected=expected, hint=hint)
+    floats = is_float(dtype) and is_float(column.dtype)
     integers = column.dtype.kind in "biu" and dtype.kind in "biu" and np.can_cast(column.dtype, dtype, "safe")
     if not (pixels or floats or integers):
         hint = f"for images give --preprocess: {', '.join(PRESETS)}, or a YAML file" if column.dtype == np.uint8 else ""
         hint = hint or f"array.astype('{dtype}'), if no value is lost"
-        raise DataError(
-            f"the array for input '{model_input.name}' is {have}", where=where, expected=f"{dtype}", hint=hint
-        )
+        raise DataError(f"the array for input '{model_input.name}' is {have}", where=where, expected=f"{dtype}", hint=hint)
 
 
 def _materialise(source: Any, inputs: Sequence[ModelInput], preprocess: Preprocess | None) -> Mapping[str, Column]:
@@ -346,9 +294,7 @@ def _materialise(source: Any, inputs: Sequence[ModelInput], preprocess: Preproce
         for name, arrays in parts.items():
             arrays.append(batch[name].array)
     if not any(parts.values()):
-        raise DataError(
-            "there are no samples", where="memory", expected="at least one batch", hint="is the iterator used up?"
-        )
+        raise DataError("there are no samples", where="memory", expected="at least one batch", hint="is the iterator used up?")
     columns: dict[str, Column] = {}
     for name in list(parts):
         try:
@@ -376,217 +322,5 @@ def _fixed_batch(inputs: Iterable[ModelInput]) -> int | None:
     return next((i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)), None)
 
 
-def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
-
-
 def _is_pixels(model_input: ModelInput, column: Column) -> bool:
-    return column.dtype == np.uint8 and len(column.shape) == 4 and _is_float(model_input.dtype)
-
-
-# Random inputs
-
-
-@dataclass(frozen=True)
-class _Random:
-    """Made when read, sample by sample, so that a sample does not depend on the batch it is read in."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    seed: tuple[int, ...]
-    fill: int | None
-
-    def stream(self, bounds: Bounds) -> Iterator[np.ndarray]:
-        return (np.stack([self._sample(index) for index in range(first, last)]) for first, last in bounds)
-
-    def _sample(self, index: int) -> np.ndarray:
-        shape, generator = self.shape[1:], np.random.default_rng((*self.seed, index))
-        if self.fill is not None:
-            return np.full(shape, self.fill, self.dtype)
-        if _is_float(self.dtype):
-            return generator.standard_normal(shape, np.float32).astype(self.dtype)
-        return generator.integers(0, 100, shape).astype(self.dtype)
-
-
-def random_calibration(inputs: Sequence[ModelInput], count: int, seed: int = 0) -> CalibrationSet:
-    """Random inputs of the declared types: no substitute for data, enough to run a model.
-
-    Floats are standard normal; integers lie in [0, 100), but are ones if the name says mask and zeros if it says token
-    type or segment; booleans are true. Axis 0 is the samples (`count`, rounded up to the model's fixed batch). Another
-    open dimension is 224 if it is the height or width of an image (rank 4, the channel axis 1 or 3, or all open: then 3
-    channels first), else 16; one symbol has one size.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    unit, sizes, columns = _fixed_batch(inputs) or 1, dict[str, int](), []
-    for position, model_input in enumerate(inputs):
-        name, dtype = model_input.name.lower(), model_input.dtype
-        if model_input.shape is None or not (_is_float(dtype) or dtype.kind in "biu"):
-            what = f"cannot make random data for input '{model_input.name}'"
-            raise DataError(
-                what,
-                where=f"{dtype} {format_shape(model_input.shape)}",
-                expected="numbers of known rank",
-                hint="give calibration data",
-            )
-        fill = None if _is_float(dtype) else 1 if "mask" in name or dtype == np.bool_ else None
-        if dtype.kind in "iu" and any(word in name for word in ("token_type", "segment")):
-            fill = 0
-        shape = (math.ceil(count / unit) * unit, *_random_dims(model_input.shape, sizes))
-        columns.append(_Random(dtype, shape, (seed, position), fill))
-    return _assemble(
-        dict(zip((i.name for i in inputs), columns, strict=True)), inputs, "random", f"random numbers, seed {seed}"
-    )
-
-
-def _random_dims(shape: tuple[int | str | None, ...], sizes: dict[str, int]) -> list[int]:
-    """Sizes of all dimensions but the first."""
-    opened = [not isinstance(dim, int) for dim in shape]
-    image: dict[int, int] = {}
-    if len(shape) == 4 and (shape[1] in (1, 3) or (opened[1] and opened[2] and opened[3])):
-        image = {1: 3, 2: 224, 3: 224}
-    elif len(shape) == 4 and shape[3] in (1, 3):
-        image = {1: 224, 2: 224}
-    dims = []
-    for axis, dim in list(enumerate(shape))[1:]:
-        size = dim if isinstance(dim, int) else image.get(axis, 16)
-        dims.append(sizes.setdefault(dim, size) if isinstance(dim, str) else size)
-    return dims
-
-
-# Arrays in files
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """An array in npy format inside a file: mapped for the length of a batch, compressed if `member` is not None."""
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    fortran: bool
-    offset: int
-    member: str | None = None
-
-    def stream(self, bounds: Bounds) -> Iterator[np.ndarray]:
-        if 0 in self.shape:
-            return (np.zeros((last - first, *self.shape[1:]), self.dtype) for first, last in bounds)
-        return self._map(bounds) if self.member is None else self._decompress(self.member, bounds)
-
-    def _map(self, bounds: Bounds) -> Iterator[np.ndarray]:
-        for first, last in bounds:
-            try:
-                whole = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, "F" if self.fortran else "C")
-            except (OSError, ValueError) as error:
-                raise _broken(self.path, f"it changed while it was read ({error})") from error
-            yield whole[first:last]
-
-    def _decompress(self, member: str, bounds: Bounds) -> Iterator[np.ndarray]:
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
-                _read_exactly(file, self.offset)
-                if self.fortran:
-                    data = _read_exactly(file, row * self.shape[0])
-                    whole = np.ndarray(self.shape, self.dtype, data, order="F")
-                    yield from (whole[first:last] for first, last in bounds)
-                    return
-                position = 0
-                for first, last in bounds:
-                    for skip in range(position, first * row, _BLOCK_BYTES):
-                        _read_exactly(file, min(_BLOCK_BYTES, first * row - skip))
-                    position = last * row
-                    yield np.ndarray(
-                        (last - first, *self.shape[1:]), self.dtype, _read_exactly(file, (last - first) * row)
-                    )
-        except _FILE_ERRORS as error:
-            raise _broken(self.path, f"array '{member}' cannot be decompressed ({error})") from error
-
-
-def open_npy(path: Path) -> Column:
-    """The array of a .npy file, unread."""
-    try:
-        with path.open("rb") as file:
-            return _parse(file, path, path.name, path.stat().st_size)
-    except OSError as error:
-        raise _broken(path, f"it cannot be read ({error})") from error
-
-
-def open_npz(path: Path) -> dict[str, Column]:
-    """The arrays of an .npz file by name, unread."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(6)
-            if not magic.startswith(b"PK"):
-                kind = (
-                    "an .npy file"
-                    if magic == b"\x93NUMPY"
-                    else "a pickle"
-                    if magic[:1] == b"\x80"
-                    else "something else"
-                )
-                raise _broken(path, f"it is no npz but {kind}")
-            with zipfile.ZipFile(path) as archive:
-                members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-                return {name: _open_member(path, archive, file, info) for name, info in members.items()}
-    except _FILE_ERRORS as error:
-        raise _broken(path, f"it is truncated or damaged ({error})") from error
-
-
-def _open_member(path: Path, archive: zipfile.ZipFile, file: IO[bytes], info: zipfile.ZipInfo) -> _Stored:
-    """Header of one member; sizes that it declares are compared with those of the file before anything is allocated."""
-    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise _broken(path, f"member '{info.filename}' is encrypted or compressed by another method than deflate")
-    if info.compress_type == zipfile.ZIP_STORED:
-        file.seek(info.header_offset)
-        local = file.read(30)
-        if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
-            raise _broken(path, f"member '{info.filename}' is not where the index says")
-        name_size, extra_size = struct.unpack("<HH", local[26:30])
-        begin = file.seek(name_size + extra_size, 1)
-        return _parse(file, path, info.filename, min(begin + info.file_size, path.stat().st_size))
-    with archive.open(info) as stream:
-        stored = _parse(stream, path, info.filename, min(info.file_size, info.compress_size * _DEFLATE_RATIO))
-    size = math.prod(stored.shape if stored.fortran else stored.shape[1:]) * stored.dtype.itemsize
-    if size > MAX_LOAD_BYTES:
-        what = "in Fortran order" if stored.fortran else "per sample"
-        raise _broken(
-            path, f"array '{info.filename}' has {size} bytes {what}, the limit is {MAX_LOAD_BYTES} (np.savez has none)"
-        )
-    return replace(stored, member=info.filename)
-
-
-def _parse(file: IO[bytes], path: Path, name: str, end: int) -> _Stored:
-    """Header of the npy data at the file's position; `end` is the position where its bytes end."""
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):  # later versions only serve arrays of records
-            raise ValueError("records are not supported")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # numpy evaluates the header as a literal, which fails in many ways
-        raise _broken(path, f"'{name}' is not in npy format ({error})") from error
-    if dtype.hasobject:
-        raise _broken(path, f"array '{name}' holds Python objects (pickle), which are never loaded")
-    size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or file.tell() + size > end:
-        raise _broken(
-            path, f"array '{name}' declares {dtype} {list(shape)}: {size} bytes; {max(end - file.tell(), 0)} are there"
-        )
-    return _Stored(path, dtype, shape, fortran, file.tell())
-
-
-def _read_exactly(file: IO[bytes], count: int) -> bytearray:
-    """The next `count` bytes, in small steps, since a zip member needs twice the bytes that it is asked for."""
-    data = bytearray(count)
-    for begin in range(0, count, _BLOCK_BYTES):
-        part = file.read(min(_BLOCK_BYTES, count - begin))
-        data[begin : begin + len(part)] = part
-        if len(part) < min(_BLOCK_BYTES, count - begin):
-            raise EOFError(f"{begin + len(part)} bytes instead of {count}")
-    return data
-
-
-def _broken(path: Path, why: str) -> DataError:
-    hint = "write it again with np.savez or np.save, as plain numbers"
-    return DataError(
-        f"cannot use {path.name}: {why}", where=str(path), expected="arrays as numpy writes them", hint=hint
-    )
+    return column.dtype == np.uint8 and len(column.shape) == 4 and is_float(model_input.dtype)

@@ -115,7 +115,10 @@ def convert(
 ) -> None:
     """Make MODEL smaller and faster by a recipe."""
     from graphq.convert import convert as run
+    from graphq.report import check_folder
 
+    if report is not None:
+        check_folder(report)
     kind = cast(Literal["onnx", "engine"], emit)
     with console.progress_bar(enabled=not quiet) as progress:
         result = run(

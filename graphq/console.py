@@ -117,7 +117,7 @@ def summary(report: Report, folder: object = None) -> None:
         say(f"quantized: {counts(report.quantized)}; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}")
     if report.integer_kernels:
         say(f"integer kernels: {counts(report.integer_kernels)}")
-    _kept_float(report)
+    _left_alone(report)
     for gate in report.gates:
         verdict, style = ("passed", "") if gate.passed else ("MISSED", "red")
         say(f"gate {gate.name} {gate.limit:.4g}: {gate.value:.4g}, {verdict}", style=style)
@@ -161,18 +161,19 @@ def comparisons(found: Sequence[OutputComparison]) -> None:
         table(("compared with the original", *right), rows)
 
 
-def _kept_float(report: Report, limit: int = 4) -> None:
-    """The most frequent reasons, with the nodes that have them."""
-    skipped = list(dict.fromkeys(row for record in report.passes for row in record.skipped))
-    if not skipped:
-        return
-    say(f"left alone: {len(skipped)}")
-    reasons = Counter(reason for _, reason in skipped).most_common()
-    for reason, count in reasons[:limit]:
-        nodes = [node for node, why in skipped if why == reason]
-        say(f"  {count} x {reason}: {'; '.join(nodes[:2])}{'; ...' if count > 2 else ''}")
-    if len(reasons) > limit:
-        say(f"  and {len(reasons) - limit} more reasons, see the report")
+def _left_alone(report: Report, limit: int = 3) -> None:
+    """For each pass, the most frequent reasons for not touching a node, with the nodes that have them."""
+    for record in report.passes:
+        skipped = list(dict.fromkeys(record.skipped))
+        if not skipped:
+            continue
+        reasons = Counter(reason for _, reason in skipped).most_common()
+        say(f"{record.name} left {len(skipped)} alone:")
+        for reason, count in reasons[:limit]:
+            nodes = [node for node, why in skipped if why == reason]
+            say(f"  {count} x {reason}: {'; '.join(nodes[:2])}{'; ...' if count > 2 else ''}")
+        if len(reasons) > limit:
+            say(f"  {sum(count for _, count in reasons[limit:])} x other reasons, see the report")
 
 
 def inspection(found: Inspection, used: KernelsUsed | None = None) -> None:

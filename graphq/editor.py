@@ -126,20 +126,19 @@ class Editor:
             self.edits[type(common_pass).__name__] += 1
 
     def prune(self) -> None:
-        """Remove nodes, initializers and functions that nothing reads."""
-        unread = [node for node in reversed(list(self.model.graph)) if self._is_dead(node)]
-        while unread:
-            self.remove(unread)
-            unread = [node for node in reversed(list(self.model.graph)) if self._is_dead(node)]
-        outputs = set(self.model.graph.outputs)
-        for name, value in list(self.model.graph.initializers.items()):
-            if not value.uses() and value not in outputs and not value.is_graph_input():
-                del self.model.graph.initializers[name]
+        """Remove the nodes that nothing reads, in one walk from the outputs, and then the initializers that nothing reads."""
+        for node in reversed(list(self.model.graph.all_nodes())):
+            if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
+                continue
+            for inner in ir.nodes_inside(node):  # they go with the node, and must not keep alive what they read
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+            self.remove(node)
+        for graph in self.model.graphs():
+            unread = [value for value in graph.initializers.values() if not (value.uses() or value.is_graph_output() or value.is_graph_input())]
+            for value in unread:
+                del graph.initializers[value.name]
                 self.edits["prune"] += 1
-
-    @staticmethod
-    def _is_dead(node: Node) -> bool:
-        return all(not out.uses() and not out.is_graph_output() for out in node.outputs)
 
     def raise_opset(self, version: int) -> None:
         """Raise the default opset to at least `version`, converting operators whose definition changed."""
@@ -149,7 +148,7 @@ class Editor:
             version_converter.convert_version(self.model, version, fallback=True)
             if opset(self.model) < version:
                 raise ModelError(
-                    f"The model could not be raised from opset {opset(self.model)} to {version}.", expected=f"opset {version}, which the asked formats need",
-                    hint="export the model again with a higher opset_version",
+                    f"The model could not be raised from opset {opset(self.model)} to {version}.",
+                    expected=f"opset {version}, which the asked formats need", hint="export the model again with a higher opset_version",
                 )  # fmt: skip
             self.edits["opset"] += 1

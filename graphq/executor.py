@@ -23,6 +23,9 @@ from graphq.observers import View
 
 Feeds = Mapping[str, np.ndarray]
 
+BATCH = 4
+"""Samples that run at once where nothing else is asked for: more is hardly faster on a CPU, and takes its memory."""
+
 SAMPLE_SIZE = 4096
 """Elements that the view `sample` takes from one calibration sample of a tensor, about."""
 

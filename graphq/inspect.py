@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from graphq import ir, linear, verify
-from graphq.calibration import open_calibration
+from graphq.calibration import CalibrationSet, open_calibration
 from graphq.errors import GraphqError, ModelError, RecipeError
 from graphq.executor import Executor, Fetch
-from graphq.pipeline import Pass
+from graphq.pipeline import Pass, PassContext
 from graphq.report import FileFacts, OutputComparison, file_facts
 from graphq.targets import TARGETS, Target, get_target, violations
 
@@ -58,6 +58,7 @@ class Inspection:
     domains: Versions of the other operator sets.
     ops: Nodes by operator type (with its domain, if it is not the default one), most frequent first.
     weight_bytes: Bytes of constants by element type.
+    linear: The operators with weights, as passes see them: in the normalized model.
     dynamic_axes: Dimensions that are not fixed, as `input.0 (batch)`.
     already_quantized: Whether there are QuantizeLinear, DequantizeLinear or integer operators.
     targets: For each known target, whether the model as it is runs there.
@@ -90,7 +91,8 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
     chosen = get_target(target)
     model = ir.load(path)
     ops = dict(Counter(_op_name(node) for node in ir.all_nodes(model)).most_common())
-    nodes = tuple(_linear_nodes(model))
+    normal = _normalized(model, chosen)
+    nodes = tuple(_linear_nodes(normal))
     quantized = any(op in _QUANTIZING or op.endswith("Integer") or ".Q" in op or op.startswith("QLinear") for op in ops)
     return Inspection(
         file=file_facts(path, model),
@@ -105,8 +107,21 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
         dynamic_axes=tuple(_dynamic_axes(model)),
         already_quantized=quantized,
         targets=tuple(_target_fit(model, entry) for entry in TARGETS.values()),
-        recipes=tuple(_recipe_fits(model, chosen, nodes)),
+        recipes=tuple(_recipe_fits(normal, chosen, nodes)),
     )
+
+
+def _normalized(model: ir.Model, target: Target) -> ir.Model:
+    """A clone as the passes after `normalize` see it; the model itself if it cannot be normalized for `target`."""
+    from graphq.recipe import pass_class
+
+    nothing = CalibrationSet((), "iterable", "", (), 0, 0)
+    current = ir.clone(model)
+    try:
+        pass_class("normalize")().apply(current, PassContext(current, model, nothing, nothing, target))
+    except GraphqError:
+        return model
+    return current
 
 
 def _op_name(node: ir.Node) -> str:

@@ -72,3 +72,22 @@ def channel_axis(node: ir.Node) -> int:
 def bias_of(node: ir.Node) -> ir.Value | None:
     index = LINEAR_OPS[node.op_type].bias
     return None if index is None or index >= len(node.inputs) else node.inputs[index]
+
+
+def bias_index(node: ir.Node) -> int:
+    """Input index of the bias of a Conv, ConvTranspose or Gemm."""
+    index = LINEAR_OPS[node.op_type].bias
+    if index is None:
+        raise ValueError(f"{node.op_type} has no bias input")
+    return index
+
+
+def data_index(node: ir.Node) -> int:
+    return LINEAR_OPS[node.op_type].data
+
+
+def data_of(node: ir.Node) -> ir.Value:
+    value = node.inputs[data_index(node)]
+    if value is None:
+        raise ValueError(f"{ir.describe(node)} has no data input")
+    return value

@@ -19,8 +19,9 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import GraphqError, RecipeError
-from graphq.executor import Executor, Fetch
+from graphq.executor import BATCH, Executor, Fetch
 from graphq.observers import Observer, Stat, Tap
+from graphq.recipe import changed_options
 from graphq.targets import Target
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ pass_options = options(frozen=True, kw_only=True, config=ConfigDict(extra="forbi
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
-BATCH = 8
-"""Calibration samples that run at once."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -199,14 +198,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
                 hint=f"{_reasons(ctx.skipped)}take the pass out of the recipe, or set allow_no_effect: true",
             )  # fmt: skip
         seconds = time.perf_counter() - started
-        records.append(PassRecord(one.name, pass_values(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
+        records.append(PassRecord(one.name, changed_options(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
     return records
-
-
-def pass_values(one: Pass) -> dict[str, Any]:
-    """The options of a pass that differ from their defaults."""
-    fields = type(one).__dataclass_fields__
-    return {key: getattr(one, key) for key, entry in fields.items() if getattr(one, key) != entry.default}
 
 
 def _reasons(skipped: Sequence[tuple[str, str]]) -> str:

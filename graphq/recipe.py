@@ -81,16 +81,17 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as text that `parse_recipe` reads back; options that have their default value are left out."""
-        rows = [(one.name, _changed(one)) for one in self.passes]
+        rows = [(one.name, changed_options(one)) for one in self.passes]
         data = {
             "description": self.description,
             "passes": [{name: values} if values else name for name, values in rows],
-            "gates": _changed(self.gates),
+            "gates": changed_options(self.gates),
         }
         return yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _changed(value: Any) -> dict[str, Any]:
+def changed_options(value: Pass | Gates) -> dict[str, Any]:
+    """The options of a pass, or the gates, that differ from their defaults, as plain data."""
     return TypeAdapter(type(value)).dump_python(value, mode="json", exclude_defaults=True)
 
 

@@ -37,7 +37,7 @@ _DISTRIBUTIONS = ("numpy", "onnx", "onnx-ir", "onnxruntime")
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A model file: `bytes` with its external data, `parameters` the elements of all its initializers.
+    """A model file: `bytes` with its external data, `parameters` the elements of all its constants.
 
     `sha256` (of the .onnx file) is empty in the copy inside the model, which cannot state its own hash.
     """
@@ -225,9 +225,10 @@ def external_bytes(path: Path, model: ir.Model) -> int:
 
 
 def parameters(model: ir.Model) -> int:
-    """Elements of all initializers."""
+    """Elements of all constants: initializers and Constant nodes."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    return sum(math.prod(tensor.shape.numpy()) for tensor in tensors if tensor is not None)
+    lifted = [ir.constant(node.outputs[0]) for node in ir.all_nodes(model) if node.op_type == "Constant"]
+    return sum(tensor.size for tensor in [*tensors, *lifted] if tensor is not None)
 
 
 def tool_versions() -> dict[str, str]:

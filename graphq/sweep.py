@@ -17,12 +17,11 @@ import numpy as np
 from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.errors import ModelError
-from graphq.executor import Executor, Fetch
+from graphq.executor import BATCH, Executor, Fetch
 
 Batches = list[np.ndarray]
 """One array per calibration batch."""
 
-BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class _Walk:
         return self._execute([node], [node.outputs[0]])[node.outputs[0]]
 
     def _run(self, nodes: list[ir.Node], keep: set[ir.Value | None]) -> None:
-        nodes = [node for node in nodes if self._is_dynamic(node)]
+        nodes = self._dynamic(nodes)
         self.done.update(nodes)
         wanted = [value for node in nodes for value in node.outputs if value in keep or self._is_read_later(value)]
         if nodes and wanted:
@@ -154,18 +153,14 @@ class _Walk:
     def _holders(self) -> dict[ir.Node, ir.Node]:
         return {inner: node for node in self.graph for inner in ir.nodes_inside(node)}
 
-    def _is_dynamic(self, node: ir.Node) -> bool:
-        """Whether it depends on a graph input; what does not is run with whoever reads it."""
-        stack, seen = [node], {node}
-        while stack:
-            for value in ir.reads(stack.pop()):
-                maker = value.producer()
-                if value in self.live or value.is_graph_input() or maker in self.done:
-                    return True
-                if maker is not None and maker not in seen:
-                    seen.add(maker)
-                    stack.append(maker)
-        return False
+    def _dynamic(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+        """Those that depend on a graph input, `nodes` being all that have not run up to some point; the others are run with their readers."""
+        found = dict[ir.Node, None]()
+        for node in nodes:
+            makers = [(value, value.producer()) for value in ir.reads(node)]
+            if any(value in self.live or value.is_graph_input() or maker in self.done or maker in found for value, maker in makers):
+                found[node] = None
+        return list(found)
 
     def _constants(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
         """The nodes that compute constants which `nodes` read, such as the DequantizeLinear of a weight, in order."""

@@ -13,10 +13,9 @@ import onnx
 from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.errors import VerifyError
-from graphq.executor import Executor, Feeds
+from graphq.executor import BATCH, Executor, Feeds
 from graphq.report import Latency, OutputComparison
 
-BATCH = 8
 
 
 def verify_graph(model: ir.Model) -> None:

@@ -14,62 +14,80 @@ import numpy as np
 from graphq import ir, linear, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
-from graphq.executor import Executor, Fetch
+from graphq.executor import BATCH, Executor, Fetch
 from graphq.quantizers import QParams
 from graphq.targets import Target
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """`sqnr_db`: signal over quantization noise at the layer's output. `work`: its share of the multiply-adds, 0 to 1."""
+    """What quantizing one layer does to its output.
+
+    Attributes:
+        sqnr_db: Signal over quantization noise.
+        work: The layer's share of the multiply-adds, 0 to 1.
+        shift: Mean error of each output channel, float64 of shape (channels,); None if the output's rank is unknown.
+        rows: Positions that the mean was taken over.
+    """
 
     sqnr_db: float
     work: float
+    shift: np.ndarray | None
+    rows: int
 
 
-def measure(model: ir.Model, anchors: Sequence[ir.Node], qparams: Mapping[str, QParams], target: Target, data: CalibrationSet,
-            batch: int = 8) -> dict[str, LayerError]:  # fmt: skip
+def measure(model: ir.Model, anchors: Sequence[ir.Node], qparams: Mapping[str, QParams], target: Target, data: CalibrationSet) -> dict[str, LayerError]:
     """Error of each of `anchors` (by name) with its input (`qparams` by value name) and its weight quantized."""
     probe = ir.clone(model)
     edit = Editor(probe)
-    twins = {}
-    names = {node.name for node in anchors}
-    for node in [node for node in probe.graph if node.name in names]:
-        twins[node.name or ""] = _add_twin(edit, node, qparams, target)
-    fetches = [Fetch(value) for pair in twins.values() for value in pair]
-    executor = Executor(probe, fetches)
-    totals = sum(np.array([float(array) for array in arrays]) for arrays in executor.stream(data.batches(batch)))
-    work = {node.name or "": _multiply_adds(node) for node in anchors}
+    wanted = {node.name for node in anchors}
+    twins = {node.name or "": _add_twin(edit, node, qparams, target) for node in list(probe.graph) if node.name in wanted}
+    fetches = [name for names in twins.values() for name in names]
+    executor = Executor(probe, [Fetch(name) for name in fetches])
+    totals: dict[str, np.ndarray] = {name: np.zeros(()) for name in fetches}
+    samples = 0
+    for batch in data.batches(BATCH):
+        samples += len(next(iter(batch.values())))
+        for name, array in zip(fetches, executor.run(batch), strict=True):
+            totals[name] = totals[name] + array.astype(np.float64)
+    work = {node.name or "": multiply_adds(node) for node in anchors}
     whole = sum(work.values()) or 1.0
-    noise_and_power = np.asarray(totals, np.float64).reshape(-1, 2)
-    return {
-        name: LayerError(10 * float(np.log10(max(power, 1e-30) / max(noise, 1e-30))), work[name] / whole)
-        for name, (noise, power) in zip(twins, noise_and_power, strict=True)
-    }
+    found = {}
+    for name, (noise, power, size, *shift) in twins.items():
+        sqnr = 10 * float(np.log10(max(float(totals[power]), 1e-30) / max(float(totals[noise]), 1e-30)))
+        channels = totals[shift[0]].size if shift else 1
+        rows = int(totals[size]) // max(channels, 1)
+        found[name] = LayerError(sqnr, work[name] / whole, totals[shift[0]].reshape(-1) / max(rows, 1) if shift else None, rows)
+    return found
 
 
-def _add_twin(edit: Editor, node: ir.Node, qparams: Mapping[str, QParams], target: Target) -> tuple[str, str]:
-    """A quantized copy of `node` beside it; returns the names of the scalars noise and power."""
-    data = node.inputs[linear.LINEAR_OPS[node.op_type].data]
-    assert data is not None
+def _add_twin(edit: Editor, node: ir.Node, qparams: Mapping[str, QParams], target: Target) -> list[str]:
+    """A quantized copy of `node` beside it; returns the names of its noise, power, output size and summed channel error."""
+    data, plain = linear.data_of(node), node.outputs[0]
     attributes = {key: entry.value for key, entry in node.attributes.items()}
     out = edit.insert(node, node.op_type, list(node.inputs), output=f"{node.name}_twin", attributes=attributes, after=True)
     twin = out.producer()
     assert twin is not None
-    qdq.insert_pair(edit, data, qparams[data.name or ""], target.activation, [(twin, linear.LINEAR_OPS[node.op_type].data)])
+    qdq.insert_pair(edit, data, qparams[data.name or ""], target.activation, [(twin, linear.data_index(node))])
     qdq.insert_weight(edit, twin, qdq.spec_for_weight(twin, target.weight))
-    error = edit.insert(twin, "Sub", [out, node.outputs[0]], output=f"{node.name}_error", after=True)
-    scalars = []
-    for part, value in (("noise", error), ("power", node.outputs[0])):
-        scalar = edit.insert(error.producer(), "ReduceSumSquare", [value], output=f"{node.name}_{part}", attributes={"keepdims": 0}, after=True)
-        scalars.append(scalar.name or "")
-    return scalars[0], scalars[1]
+    error = edit.insert(twin, "Sub", [out, plain], output=f"{node.name}_error", after=True)
+
+    def reduce(op: str, value: ir.Value, part: str, axes: Sequence[int] | None = None) -> str:
+        operands = [value] if axes is None else [value, edit.initializer(f"{node.name}_{part}_axes", np.array(axes, np.int64))]
+        attributes = {} if op == "Size" else {"keepdims": 0}
+        return edit.insert(error.producer(), op, operands, output=f"{node.name}_{part}", attributes=attributes, after=True).name or ""
+
+    names = [reduce("ReduceSumSquare", error, "noise"), reduce("ReduceSumSquare", plain, "power"), reduce("Size", plain, "size")]
+    if plain.shape is not None:
+        rank = len(plain.shape)
+        names.append(reduce("ReduceSum", error, "shift", [axis for axis in range(rank) if axis != linear.channel_axis(node) % rank]))
+    return names
 
 
-def _multiply_adds(node: ir.Node) -> float:
-    """Multiply-adds of one sample, up to unknown dimensions: weight size times output positions."""
+def multiply_adds(node: ir.Node) -> float:
+    """Multiply-adds of one sample, with unknown dimensions counted as 1: weight size times output positions."""
     weight = linear.weight_of(node)
     shape = ir.shape_of(node.outputs[0]) or ()
-    positions = shape[2:] if node.op_type in ("Conv", "ConvTranspose") else shape[1:-1]
+    positions = shape[2:] if linear.channel_axis(node) == 1 else shape[1:-1]
     size = np.prod(tuple(weight.const_value.shape), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
     return float(size * np.prod([dim if isinstance(dim, int) else 1 for dim in positions], dtype=np.float64))

@@ -65,7 +65,7 @@ def _is_numeric(value: ir.Value) -> bool:
 def _is_small(node: ir.Node, limit: int) -> bool:
     if node.op_type in _LAYOUT:
         return True
-    own = [value for value in node.inputs if value is not None and len(value.uses()) == 1]
+    own = {value for value in node.inputs if value is not None and all(reader is node for reader, _ in value.uses())}
     replaced = sum(value.const_value.nbytes for value in own if value.const_value is not None)
     sizes = [_bytes(out) for out in node.outputs]
     return all(size is not None for size in sizes) and sum(size or 0 for size in sizes) <= max(limit, replaced)

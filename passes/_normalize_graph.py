@@ -109,6 +109,15 @@ def become_constant(edit: Editor, out: ir.Value, data: object) -> None:
     edit.remove(node)
 
 
+def replace(edit: Editor, old: ir.Value, new: ir.Value) -> None:
+    """`edit.replace`, also for what a subgraph returns: it is returned by position, so its name need not stay."""
+    if old.is_graph_output() and old.graph is not edit.model.graph:
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        edit.edits["replace"] += 1
+    else:
+        edit.replace(old, new)
+
+
 def drop_identities(edit: Editor) -> None:
     """Remove `Identity` and inference-time `Dropout`.
 
@@ -119,13 +128,13 @@ def drop_identities(edit: Editor) -> None:
         if node.domain or not (node.op_type == "Identity" or _is_idle_dropout(node)):
             continue
         source, out = node.inputs[0], node.outputs[0]
-        if source is None or (out.is_graph_output() and not _may_be_output(source, node, edit.model)):
+        if source is None or (out.is_graph_output() and not _may_be_output(source, node)):
             continue
         if source.type is None:
             source.type = out.type
         if out.shape is not None and (source.shape is None or out.is_graph_output()):
             source.shape = out.shape
-        edit.replace(out, source)
+        replace(edit, out, source)
         edit.remove(node)
 
 
@@ -139,9 +148,9 @@ def _is_idle_dropout(node: ir.Node) -> bool:
     return mode is not None and not mode.any()
 
 
-def _may_be_output(value: ir.Value, node: ir.Node, model: ir.Model) -> bool:
+def _may_be_output(value: ir.Value, node: ir.Node) -> bool:
     made_by = value.producer()
-    return made_by is not None and node.graph is model.graph and made_by.graph is model.graph and not value.is_graph_output()
+    return made_by is not None and made_by.graph is node.graph and not value.is_graph_output()
 
 
 def prune(edit: Editor) -> None:

@@ -101,9 +101,10 @@ def _set_format(ctx: PassContext) -> None:
 
 
 def _convert(ctx: PassContext, before: int, wanted: int) -> None:
-    scan = next((node for node in graph_nodes(ctx.model) if node.op_type == "Scan" and node.domain == ""), None)
-    if before < 9 and scan is not None:
-        raise _cannot(ctx.model, before, wanted, "Scan has a batch axis before opset 9, which the converter drops", scan)
+    for node in graph_nodes(ctx.model):
+        obstacle = _obstacle(node, before, wanted)
+        if obstacle is not None:
+            raise _cannot(ctx.model, before, wanted, obstacle, node)
     with _captured("onnxscript") as records:
         try:
             ctx.edit.raise_opset(wanted)
@@ -117,7 +118,7 @@ def _convert(ctx: PassContext, before: int, wanted: int) -> None:
         raise _cannot(ctx.model, before, wanted, left)
     unique_names(ctx.edit)
     for node in graph_nodes(ctx.model):
-        fault = _fault(node, wanted) or (_group_norm_fault(node) if before < 21 <= wanted else None)
+        fault = _fault(node, wanted)
         if fault is not None:
             raise _cannot(ctx.model, before, wanted, fault, node)
 
@@ -151,13 +152,14 @@ def _fault(node: ir.Node, version: int) -> str | None:
     return None
 
 
-def _group_norm_fault(node: ir.Node) -> str | None:
-    """From opset 21 on, GroupNormalization has a scale per channel instead of per group."""
-    if node.op_type != "GroupNormalization" or node.domain:
-        return None
-    data, scale = (ir.shape_of(value) for value in node.inputs[:2])
-    if data is None or scale is None or not isinstance(data[1], int) or scale != (data[1],):
-        return f"the scale of GroupNormalization has shape {scale}, and the data {data}: it is not known to be per channel"
+def _obstacle(node: ir.Node, before: int, wanted: int) -> str | None:
+    """What the converters would get wrong without a word."""
+    if node.domain == "" and node.op_type == "Scan" and before < 9:
+        return "Scan has a batch axis before opset 9, which the converter drops"
+    if node.domain == "" and node.op_type == "GroupNormalization" and before < 21 <= wanted:
+        data, scale = (ir.shape_of(value) for value in node.inputs[:2])
+        if data is None or scale is None or not isinstance(data[1], int) or not isinstance(scale[0], int):
+            return "GroupNormalization has a scale per channel from opset 21 on, and its number of channels is not known"
     return None
 
 

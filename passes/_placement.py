@@ -24,12 +24,14 @@ class Placement:
     Attributes:
         anchors: Linear nodes to quantize, in topological order.
         readers: For each value to quantize, the (node, input index) pairs that shall read it quantized.
+        whole: Those of them that all readers read quantized, because an integer kernel makes them.
         groups: Values that must share one scale, each list of length 2 or more.
         skipped: Nodes left float, with the reason.
     """
 
     anchors: list[ir.Node] = field(default_factory=list)
     readers: dict[ir.Value, list[Reader]] = field(default_factory=dict)
+    whole: set[ir.Value] = field(default_factory=set)
     groups: list[list[ir.Value]] = field(default_factory=list)
     skipped: list[tuple[ir.Node, str]] = field(default_factory=list)
 
@@ -48,15 +50,14 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
             plan.anchors.append(node)
         elif reason:
             plan.skipped.append((node, reason))
-    whole = {fused_output(node, target): node for node in plan.anchors if target.ops[node.op_type].quantized_output}
-    flowing = _flow(model, target, set(whole), set(plan.anchors), exclude)
-    whole |= {fused_output(node, target): node for node in flowing}
-    for value in whole:
-        plan.readers[value] = [(use.node, use.idx) for use in value.uses()]
+    made = [fused_output(node, target) for node in plan.anchors if target.ops[node.op_type].quantized_output]
+    flowing = _flow(model, target, set(made), set(plan.anchors), exclude)
+    made += [fused_output(node, target) for node in flowing]
+    plan.whole = set(made)
+    plan.readers = {value: [(use.node, use.idx) for use in value.uses()] for value in made}
     for node in plan.anchors:
-        value = node.inputs[linear.LINEAR_OPS[node.op_type].data]
-        if value is not None and value not in whole:
-            plan.readers.setdefault(value, []).append((node, linear.LINEAR_OPS[node.op_type].data))
+        if linear.data_of(node) not in plan.whole:
+            plan.readers.setdefault(linear.data_of(node), []).append((node, linear.data_index(node)))
     plan.groups = _groups(flowing, target)
     return plan
 
@@ -72,8 +73,8 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
         return f"{target.name} has no integer kernel for {node.op_type}"
     if node in keep_float:
         return keep_float[node]
-    data = node.inputs[linear.LINEAR_OPS[node.op_type].data]
-    if data is None or data.is_initializer() or not ir.is_float(data):
+    data = linear.data_of(node)
+    if data.is_initializer() or not ir.is_float(data):
         return "its data input is not a float32 activation"
     if ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear":  # type: ignore[union-attr]
         return "it is quantized already"

@@ -42,6 +42,7 @@ class Equalize(Pass):
     """
 
     name: ClassVar[str] = "equalize"
+    keeps_function: ClassVar[bool] = True
 
     iterations: Annotated[int, Field(ge=1, le=1000)] = 20
 

@@ -1,7 +1,8 @@
 """insert-qdq: make a model's linear layers integer, with ranges from calibration.
 
 Where quantizers go is the target's matter (`_placement`), which values they take that of a range estimator (`graphq.ranges`).
-Layers whose measured error is worst stay float, within a budget, and are named in the report.
+What each layer loses is measured before anything is inserted (`_layer_error`): the worst layers stay float, within a budget,
+and are named in the report; the mean error of the others is taken out of their biases.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq, ranges
 from graphq.errors import TargetError
-from graphq.observers import Observer, Stat
-from graphq.passes import _layer_error, _placement
+from graphq.passes import _bias, _center, _layer_error, _placement
+from graphq.passes._layer_error import LayerError
 from graphq.passes._placement import Placement
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import QParams, Uniform
@@ -24,6 +25,9 @@ from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
 
 Range = tuple[float, float]
+
+ENOUGH_ROWS = 256
+"""A mean over fewer positions is noise rather than a bias."""
 
 
 @pass_options
@@ -37,7 +41,9 @@ class InsertQdq(Pass):
         exclude: Patterns of node names (or operator types) that stay float.
         min_sqnr_db: A layer whose own output error is worse than this stays float.
         float_budget: Share of the multiply-adds that may stay float for that reason; the worst layers go first.
-        error_samples: Calibration samples for measuring layer errors; 0 measures nothing and keeps nothing float.
+        error_samples: Calibration samples for measuring layer errors; 0 measures nothing.
+        correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721).
+        center: Whether to shift one-sided activations to the middle of a symmetric range, for targets without zero points.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -46,9 +52,11 @@ class InsertQdq(Pass):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
-    min_sqnr_db: Annotated[float, Field(ge=0, le=60)] = 15.0
+    min_sqnr_db: Annotated[float, Field(ge=0, le=60)] = 28.0
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     error_samples: Annotated[int, Field(ge=0)] = 8
+    correct_bias: bool = True
+    center: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         if not _placement.place(model, target, exclude=self.exclude).anchors:
@@ -60,33 +68,40 @@ class InsertQdq(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         plan = _placement.place(model, ctx.target, exclude=self.exclude)
         found = self._ranges(plan, ctx)
-        qparams = _fit(plan, found, ctx.target.activation)
-        if self.error_samples and plan.anchors:
-            worst = self._worst(model, plan, qparams, ctx)
-            if worst:
-                plan = _placement.place(model, ctx.target, exclude=self.exclude, keep_float=worst)
-                qparams = _fit(plan, found, ctx.target.activation)
+        if self.center and ctx.target.activation.symmetric:
+            ctx.measure("model", centered_activations=_center.center(ctx.edit, plan, found))
+        errors = self._errors(model, plan, found, ctx)
+        worst = self._worst(plan, errors)
+        plan = _placement.place(model, ctx.target, exclude=self.exclude, keep_float=worst)
         for node, reason in plan.skipped:
             ctx.skip(node, reason)
-        self._insert(plan, qparams, ctx)
+        if self.correct_bias:
+            _correct(plan, errors, ctx)
+        self._insert(plan, _fit(plan, found, ctx.target.activation), ctx)
         ctx.edit.prune()
 
     def _ranges(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Range]:
         estimator = ranges.ESTIMATORS[self.ranges]()
         if isinstance(estimator, ranges.Percentile):
             estimator = replace(estimator, percent=self.percentile)
-        observers: dict[ir.Value, Observer] = {value: estimator.observer(value.name or "", "current") for value in plan.readers}
-        stats: Mapping[Observer, Stat] = ctx.observe(observers.values())
+        observers = {value: estimator.observer(value.name or "", "current") for value in plan.readers}
+        stats = ctx.observe(observers.values())
         return {value: estimator.estimate(stats[observer], ctx.target.activation) for value, observer in observers.items()}
 
-    def _worst(self, model: ir.Model, plan: Placement, qparams: Mapping[ir.Value, QParams], ctx: PassContext) -> dict[ir.Node, str]:
+    def _errors(self, model: ir.Model, plan: Placement, found: Mapping[ir.Value, Range], ctx: PassContext) -> dict[str, LayerError]:
+        if not self.error_samples:
+            return {}
+        qparams = {value.name or "": entry for value, entry in _fit(plan, found, ctx.target.activation).items()}
+        errors = _layer_error.measure(model, plan.anchors, qparams, ctx.target, ctx.calib.take(self.error_samples))
+        for name, error in errors.items():
+            ctx.measure(name, sqnr_db=error.sqnr_db, work=error.work)
+        return errors
+
+    def _worst(self, plan: Placement, errors: Mapping[str, LayerError]) -> dict[ir.Node, str]:
         """The layers to keep float: those below `min_sqnr_db`, worst first, until the budget is used up."""
-        by_name = {value.name or "": entry for value, entry in qparams.items()}
-        errors = _layer_error.measure(model, plan.anchors, by_name, ctx.target, ctx.calib.take(self.error_samples))
         kept, left = {}, self.float_budget
-        for node in sorted(plan.anchors, key=lambda node: errors[node.name or ""].sqnr_db):
+        for node in sorted((node for node in plan.anchors if node.name in errors), key=lambda node: errors[node.name or ""].sqnr_db):
             error = errors[node.name or ""]
-            ctx.measure(node.name or "", sqnr_db=error.sqnr_db, work=error.work)
             if error.sqnr_db < self.min_sqnr_db and error.work <= left:
                 left -= error.work
                 kept[node] = f"kept float: its own error of {error.sqnr_db:.1f} dB is worse than {self.min_sqnr_db:g} dB"
@@ -94,36 +109,34 @@ class InsertQdq(Pass):
 
     def _insert(self, plan: Placement, qparams: Mapping[ir.Value, QParams], ctx: PassContext) -> None:
         weight_spec = ctx.target.weight if self.per_channel else replace(ctx.target.weight, granularity=PerTensor())
-        weight_params = {}
         for node in plan.anchors:
-            data = node.inputs[linear.LINEAR_OPS[node.op_type].data]
-            assert data is not None
-            spec = qdq.spec_for_weight(node, weight_spec)
-            bias = ir.constant(linear.bias_of(node)) if ctx.target.bias_int32 and _takes_int32_bias(node) else None
+            activation, spec = qparams[linear.data_of(node)], qdq.spec_for_weight(node, weight_spec)
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
-            params = qdq.widen_for_bias(Uniform(spec).fit_weight(weight), qparams[data], bias)
+            bias = ir.constant(linear.bias_of(node)) if ctx.target.bias_int32 and _takes_int32_bias(node) else None
+            params = qdq.widen_for_bias(Uniform(spec).fit_weight(weight), activation, bias)
             qdq.insert_weight(ctx.edit, node, spec, params)
-            weight_params[node] = params
             if bias is not None:
-                qdq.insert_bias(ctx.edit, node, qparams[data], params)
+                qdq.insert_bias(ctx.edit, node, activation, params)
         for value, readers in plan.readers.items():
-            if value.is_graph_output():
-                result = qdq.insert_pair(ctx.edit, value, qparams[value], ctx.target.activation, [])
+            result = qdq.insert_pair(ctx.edit, value, qparams[value], ctx.target.activation, readers)
+            if value.is_graph_output() and value in plan.whole:
                 ctx.edit.replace_output(value, result)
-                readers = [(use.node, use.idx) for use in value.uses() if use.node.op_type != "QuantizeLinear"]
-                for node, index in readers:
-                    ctx.edit.rewire(node, index, result)
-            else:
-                qdq.insert_pair(ctx.edit, value, qparams[value], ctx.target.activation, readers)
+
+
+def _correct(plan: Placement, errors: Mapping[str, LayerError], ctx: PassContext) -> None:
+    for node in plan.anchors:
+        error = errors.get(node.name or "")
+        if error is not None and error.shift is not None and error.rows >= ENOUGH_ROWS and _bias.can_shift(node):
+            _bias.shift(ctx.edit, node, -error.shift)
 
 
 def _takes_int32_bias(node: ir.Node) -> bool:
     """Whether the bias is one number an output channel that is added unscaled."""
-    bias, weight = ir.constant(linear.bias_of(node)), linear.weight_of(node)
-    if bias is None or weight is None or weight.const_value is None or ir.attribute(node, "beta", 1.0) != 1.0 or ir.attribute(node, "alpha", 1.0) != 1.0:
+    bias, weight = ir.constant(linear.bias_of(node)), ir.constant(linear.weight_of(node))
+    if bias is None or weight is None or ir.attribute(node, "beta", 1.0) != 1.0 or ir.attribute(node, "alpha", 1.0) != 1.0:
         return False
-    return bias.shape == (tuple(weight.const_value.shape)[linear.out_axis(node)],)
+    return bias.shape == (weight.shape[linear.out_axis(node)],)
 
 
 def _fit(plan: Placement, found: Mapping[ir.Value, Range], spec: QuantSpec) -> dict[ir.Value, QParams]:

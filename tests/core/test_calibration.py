@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphq import calibration
+from graphq import arrays, calibration
 from graphq.calibration import CalibrationSet, open_calibration, random_calibration
 from graphq.errors import DataError
 from graphq.preprocess import PRESETS
@@ -75,7 +75,7 @@ def test_npy_gives_the_array(tmp_path: Path, order: Any) -> None:
 
 
 def test_compressed_npz_is_read_from_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(arrays, "_BLOCK_BYTES", 100)
     array = noise(20, 3, 8, 6)
     np.savez_compressed(tmp_path / "a.npz", x=array)
     _, held = open_calibration(tmp_path / "a.npz", IMAGE).split(7)
@@ -444,7 +444,7 @@ def test_arrays_that_lie_about_their_size(tmp_path: Path, compression: int, cont
 
 
 def test_samples_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "MAX_LOAD_BYTES", 1000)
+    monkeypatch.setattr(arrays, "MAX_LOAD_BYTES", 1000)
     np.savez_compressed(tmp_path / "a.npz", x=noise(4, 3, 8, 6))
     assert len(gather(open_calibration(tmp_path / "a.npz", IMAGE))["x"]) == 4
     np.savez_compressed(tmp_path / "a.npz", x=np.asfortranarray(noise(4, 3, 8, 6)))

@@ -52,8 +52,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "eval.npz", input=inputs[:32], labels=labels[:32])
     (folder / "plain.yaml").write_text(RECIPE)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["convert", str(CNN), "-o", str(folder / "small.onnx"), "--recipe", str(folder / "plain.yaml"),
-                  "--calib", str(folder / "calib.npz"), "--eval", str(folder / "eval.npz"), "--report", str(folder / "report"), "--quiet"])  # fmt: skip
+        cli.main([
+            "convert", str(CNN), "-o", str(folder / "small.onnx"), "--recipe", str(folder / "plain.yaml"), "--quiet",
+            "--calib", str(folder / "calib.npz"), "--eval", str(folder / "eval.npz"), "--report", str(folder / "report"),
+        ])  # fmt: skip
     assert not stop.value.code
     return folder
 
@@ -63,7 +65,8 @@ def test_convert_prints_a_summary_and_writes_a_valid_model(run: Run, data: Path,
     out = tmp_path / "small.onnx"
     ended = run("convert", CNN, "-o", out, "--recipe", data / "plain.yaml", "--calib", data / "calib.npz", "--report", tmp_path / "report")
     assert ended.code == 0 and not ended.err
-    for words in ("times smaller", "logits", "dB", "quantized: 8 Conv, 1 Gemm", "calibrated on 16 samples", str(tmp_path / "report" / "report.json")):
+    written = str(tmp_path / "report" / "report.json")
+    for words in ("times smaller", "logits", "dB", "quantized: 8 Conv, 1 Gemm", "calibrated on 16 samples", written):
         assert words in ended.out
     onnx.checker.check_model(onnx.load(out), full_check=True)
     assert out.stat().st_size < len(before) / 3 and CNN.read_bytes() == before
@@ -76,7 +79,8 @@ def test_convert_reports_accuracy_before_and_after(data: Path) -> None:
 
 
 def test_convert_json_is_the_report_and_nothing_else(run: Run, data: Path, tmp_path: Path) -> None:
-    ended = run("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", data / "plain.yaml", "--calib", data / "calib.npz", "--seed", 3, "--json")
+    arguments = ("--recipe", data / "plain.yaml", "--calib", data / "calib.npz", "--seed", 3)
+    ended = run("convert", CNN, "-o", tmp_path / "a.onnx", *arguments, "--json")
     found = Report.from_json(ended.out)
     assert found.to_json() + "\n" == ended.out
     assert (found.seed, found.calibration.samples, found.recipe_name) == (3, 16, "plain")
@@ -124,6 +128,13 @@ def test_compare(run: Run, data: Path) -> None:
     assert found["name"] == "logits" and 20 < found["sqnr_db"] < 100
     assert "RANDOM" in run("compare", CNN, CNN).out
     assert "mean" in run("compare", CNN, data / "small.onnx", "--layers").out
+
+
+def test_what_was_left_alone_is_said_by_pass_with_reasons(run: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("passes: [normalize, {quantize-weights: {exclude: [node_conv2d, node_linear]}}]\n")
+    ended = run("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", tmp_path / "some.yaml", "--calib", data / "calib.npz")
+    assert "quantized: 7 Conv" in ended.out and "quantize-weights left 2 alone:" in ended.out
+    assert "2 x excluded by the recipe: Conv 'node_conv2d'" in ended.out
 
 
 def test_inspect(run: Run, data: Path) -> None:

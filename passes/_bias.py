@@ -1,0 +1,55 @@
+"""The bias of a linear node, wherever it stands: as an input, as INT32 codes, or in an Add right behind a MatMul."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphq import ir, linear
+from graphq.editor import Editor
+
+Slot = tuple[ir.Node, int]
+"""The node and input index that hold the bias."""
+
+
+def find(node: ir.Node) -> Slot | None:
+    """Where the constant bias of `node` stands; None if it has none of its own."""
+    bias = linear.bias_of(node)
+    if bias is not None:
+        maker = bias.producer()
+        if ir.constant(bias) is not None:
+            return node, linear.bias_index(node)
+        return (maker, 0) if maker is not None and maker.op_type == "DequantizeLinear" else None
+    uses = node.outputs[0].uses()
+    if linear.channel_axis(node) == -1 and len(uses) == 1 and uses[0].node.op_type == "Add" and uses[0].node.domain == "":
+        index = 1 - uses[0].idx
+        array = ir.constant(uses[0].node.inputs[index])
+        weight = linear.weight_of(node)
+        channels = tuple(weight.shape)[linear.out_axis(node)] if weight is not None and weight.shape is not None else None
+        if array is not None and array.ndim and array.size == array.shape[-1] == channels:
+            return uses[0].node, index
+    return None
+
+
+def can_shift(node: ir.Node) -> bool:
+    """Whether `shift` works on `node`: it has a bias of its own, or an input to put one."""
+    if find(node) is not None:
+        return True
+    return node.op_type in ("Conv", "ConvTranspose", "Gemm") and linear.bias_of(node) is None
+
+
+def shift(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
+    """Add `amount`, float of shape (output channels,), to the bias of `node`; one is made if `can_shift` says so."""
+    slot = find(node)
+    if slot is None:
+        edit.rewire(node, linear.bias_index(node), edit.initializer(f"{node.name}_bias", amount.astype(np.float32)))
+        return
+    holder, index = slot
+    old = ir.constant(holder.inputs[index])
+    assert old is not None
+    if holder.op_type == "DequantizeLinear":
+        scale = ir.constant(holder.inputs[1])
+        assert scale is not None
+        codes = old.astype(np.float64) + amount.reshape(old.shape) / scale
+        edit.set_weight(holder, index, np.clip(np.rint(codes), -(2**31), 2**31 - 1).astype(np.int32))
+    else:
+        edit.set_weight(holder, index, (old.astype(np.float64) + amount.reshape(-1)).reshape(old.shape).astype(np.float32))
