@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from graphq.calibration import CalibrationSet, open_calibration
+from graphq.arrays import open_npz
+from graphq.calibration import CalibrationSet, from_columns
 from graphq.errors import DataError
 from graphq.executor import Executor
-from graphq.preprocess import Preprocess
+from graphq.preprocess import Preprocess, resolve_preprocess
 from graphq.report import Accuracy
 from graphq.spec import ModelInput
 
@@ -33,22 +34,18 @@ def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: st
         DataError: it has no `labels`, or their number or type does not fit.
     """
     path = Path(path)
-    columns = dict(open_npz_columns(path))
+    if not path.is_file():
+        raise DataError("There is no such evaluation data.", where=str(path), expected="an .npz with an array per model input and 'labels'")
+    columns = open_npz(path)
     labels = columns.pop("labels", None)
     if labels is None:
         raise DataError("The evaluation data has no labels.", where=str(path), expected="an array called 'labels' beside the inputs")
-    data = open_calibration(columns, inputs, preprocess=preprocess)
+    chosen = None if preprocess is None else resolve_preprocess(preprocess)
+    data = from_columns(columns, inputs, "npz", str(path), chosen, (path,))
     if labels.dtype.kind not in "iu" or labels.shape != (len(data),):
-        raise DataError("The labels do not fit.", where=f"{path}: labels {labels.dtype}{list(labels.shape)}", expected=f"integers, one for each of {len(data)} samples")
-    return Labelled(data, labels.astype(np.int64))
-
-
-def open_npz_columns(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as pack:
-            return {name: pack[name] for name in pack.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError("The evaluation data cannot be read.", where=str(path), expected="an .npz with one array per model input and 'labels'") from error
+        raise DataError("The labels do not fit.", where=f"{path}: labels {labels.dtype}{list(labels.shape)}",
+                        expected=f"integers, one for each of {len(data)} samples")  # fmt: skip
+    return Labelled(data, np.asarray(next(labels.stream([(0, len(data))])), np.int64))
 
 
 def compare(reference: Executor, result: Executor, labelled: Labelled) -> Accuracy:

@@ -184,7 +184,7 @@ def open_calibration(
     """
     chosen = None if preprocess is None else resolve_preprocess(preprocess)
     if not isinstance(source, str | Path):
-        return _assemble(_materialise(source, inputs, chosen), inputs, "iterable", "memory", chosen)
+        return from_columns(_materialise(source, inputs, chosen), inputs, "iterable", "memory", chosen)
     if source == "random":
         return random_calibration(inputs, RANDOM_COUNT, seed)
     path = Path(source)
@@ -202,9 +202,9 @@ def open_calibration(
         raise DataError(f"a {kind} feeds one input, the model has {len(inputs)}", where=str(path), expected="a .npz", hint=hint)
     if kind == "folder":
         images = open_images(path, inputs[0], chosen)
-        return _assemble({inputs[0].name: images}, inputs, kind, str(path), chosen, images.paths)
+        return from_columns({inputs[0].name: images}, inputs, kind, str(path), chosen, images.paths)
     found = open_npz(path) if kind == "npz" else {inputs[0].name: open_npy(path)}
-    return _assemble(found, inputs, kind, str(path), chosen, (path,))
+    return from_columns(found, inputs, kind, str(path), chosen, (path,))
 
 
 def random_calibration(inputs: Sequence[ModelInput], count: int, seed: int = 0) -> CalibrationSet:
@@ -212,23 +212,19 @@ def random_calibration(inputs: Sequence[ModelInput], count: int, seed: int = 0) 
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     columns = random_columns(inputs, count, _fixed_batch(inputs) or 1, seed)
-    return _assemble(columns, inputs, "random", f"random numbers, seed {seed}")
+    return from_columns(columns, inputs, "random", f"random numbers, seed {seed}")
+
+
+def from_columns(
+    columns: Mapping[str, Column], inputs: Sequence[ModelInput], kind: str, source: str, preprocess: Preprocess | None = None,
+    files: tuple[Path, ...] = (),
+) -> CalibrationSet:  # fmt: skip
+    """A set of exactly one column for each input, after checking that they fit. Raises DataError that calls them `source`."""
+    count = _check(columns, inputs, preprocess, source, images=kind == "folder")
+    return CalibrationSet(tuple(inputs), kind, source, tuple(columns[i.name] for i in inputs), 0, count, files, preprocess)
 
 
 # Checks of arrays against inputs
-
-
-def _assemble(
-    found: Mapping[str, Column],
-    inputs: Sequence[ModelInput],
-    kind: str,
-    source: str,
-    preprocess: Preprocess | None = None,
-    files: tuple[Path, ...] = (),
-) -> CalibrationSet:
-    count = _check(found, inputs, preprocess, source, images=kind == "folder")
-    columns = tuple(found[i.name] for i in inputs)
-    return CalibrationSet(tuple(inputs), kind, source, columns, 0, count, files, preprocess)
 
 
 def _check(found: Mapping[str, Column], inputs: Sequence[ModelInput], pre: Preprocess | None, where: str, images: bool = False) -> int:

@@ -135,10 +135,10 @@ class Editor:
                     inner.replace_input_with(index, None)
             self.remove(node)
         for graph in self.model.graphs():
-            unread = [value for value in graph.initializers.values() if not (value.uses() or value.is_graph_output() or value.is_graph_input())]
-            for value in unread:
-                del graph.initializers[value.name]
-                self.edits["prune"] += 1
+            for name, value in list(graph.initializers.items()):
+                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                    del graph.initializers[name]
+                    self.edits["prune"] += 1
 
     def raise_opset(self, version: int) -> None:
         """Raise the default opset to at least `version`, converting operators whose definition changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from graphq.spec import ModelInput
 
 __all__ = [
     "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "describe",
-    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer", "reads",
-    "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name", "without_weights",
+    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer",
+    "reads", "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name", "without_weights",
 ]  # fmt: skip
 
 MAX_OPSET = onnx.defs.onnx_opset_version()
@@ -56,9 +57,11 @@ def load(path: str | os.PathLike[str]) -> Model:
                 f"The model uses opset {entry.version}, which is not known here.", where=str(path),
                 expected=f"opset {MAX_OPSET} at most", hint="export with a lower opset_version, or update the onnx package",
             )  # fmt: skip
-    _check_external(proto, path)
     try:
+        _check_tensors(proto, path)
         model = onnx_ir.from_proto(proto)
+    except ModelError:
+        raise
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
@@ -88,27 +91,42 @@ def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _proto_tensors(subgraph)
 
 
-def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse tensors that declare more than there is, before anybody allocates it, and data outside the model's folder."""
     folder = path.parent.resolve()
     for tensor in _proto_tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entry = {item.key: item.value for item in tensor.external_data}
         where = f"tensor {tensor.name!r} of {path}"
-        file = (folder / entry.get("location", "")).resolve()
-        if not file.is_relative_to(folder) or file == folder:
-            raise ModelError(
-                "External data lies outside the model's folder.", where=where, expected=f"a file in {folder}",
-                hint="move the data file beside the model; graphq does not follow paths out of the folder",
-            )  # fmt: skip
-        if not file.is_file():
-            raise ModelError("The model's external data file is missing.", where=where, expected=str(file),
-                             hint="copy the data file beside the model")  # fmt: skip
-        end = int(entry.get("offset") or 0) + int(entry.get("length") or 0)
-        if file.stat().st_size < end:
-            raise ModelError("The model's external data file is cut off.", where=where,
-                             expected=f"{file.name} of at least {end} bytes, it has {file.stat().st_size}",
-                             hint="copy the data file again")  # fmt: skip
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(tensor, folder, where)
+        elif tensor.HasField("raw_data") and len(tensor.raw_data) != _declared_bytes(tensor):
+            raise ModelError("A tensor's data does not fit its shape.", where=where,
+                             expected=f"{_declared_bytes(tensor)} bytes, it has {len(tensor.raw_data)}", hint="export the model again")  # fmt: skip
+
+
+def _check_external(tensor: onnx.TensorProto, folder: Path, where: str) -> None:
+    entry = {item.key: item.value for item in tensor.external_data}
+    file = (folder / entry.get("location", "")).resolve()
+    if not file.is_relative_to(folder) or file == folder:
+        raise ModelError(
+            "External data lies outside the model's folder.", where=where, expected=f"a file in {folder}",
+            hint="move the data file beside the model; graphq does not follow paths out of the folder",
+        )  # fmt: skip
+    if not file.is_file():
+        raise ModelError("The model's external data file is missing.", where=where, expected=str(file),
+                         hint="copy the data file beside the model")  # fmt: skip
+    declared = _declared_bytes(tensor)
+    offset, length = (entry.get(key) or default for key, default in (("offset", "0"), ("length", str(declared))))
+    if not (offset.isdecimal() and length.isdecimal() and int(length) == declared):
+        raise ModelError("The place of a tensor in its external data file makes no sense.", where=f"{where}: offset {offset}, length {length}",
+                         expected=f"numbers, and a length of {declared}, as its shape says", hint="export the model again")  # fmt: skip
+    if file.stat().st_size < int(offset) + declared:
+        raise ModelError("The model's external data file is cut off.", where=where,
+                         expected=f"{file.name} of at least {int(offset) + declared} bytes, it has {file.stat().st_size}",
+                         hint="copy the data file again")  # fmt: skip
+
+
+def _declared_bytes(tensor: onnx.TensorProto) -> int:
+    return math.ceil(math.prod(tensor.dims) * onnx_ir.DataType(tensor.data_type).bitwidth / 8)
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------
@@ -176,9 +194,8 @@ def nodes_inside(node: Node) -> Iterator[Node]:
 def reads(node: Node) -> Iterator[Value]:
     """The values that `node` reads, those that its subgraphs read from outside included."""
     yield from (value for value in node.inputs if value is not None)
-    for graph in subgraphs(node):
-        inside = {value for inner in graph.all_nodes() for value in inner.outputs}
-        yield from (value for inner in graph.all_nodes() for value in inner.inputs if value is not None and value not in inside and value.graph is not graph)
+    within = {*subgraphs(node), *(graph for inner in nodes_inside(node) for graph in subgraphs(inner))}
+    yield from (value for inner in nodes_inside(node) for value in inner.inputs if value is not None and value.graph not in within)
 
 
 def to_proto(model: Model) -> onnx.ModelProto:

@@ -91,3 +91,12 @@ def data_of(node: ir.Node) -> ir.Value:
     if value is None:
         raise ValueError(f"{ir.describe(node)} has no data input")
     return value
+
+
+def multiply_adds(node: ir.Node) -> float:
+    """Multiply-adds of one sample, with unknown dimensions counted as 1: weight size times output positions."""
+    weight = weight_of(node)
+    shape = ir.shape_of(node.outputs[0]) or ()
+    positions = shape[2:] if channel_axis(node) == 1 else shape[1:-1]
+    size = np.prod(tuple(weight.const_value.shape), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
+    return float(size * np.prod([dim if isinstance(dim, int) else 1 for dim in positions], dtype=np.float64))

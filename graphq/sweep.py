@@ -154,7 +154,7 @@ class _Walk:
         return {inner: node for node in self.graph for inner in ir.nodes_inside(node)}
 
     def _dynamic(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-        """Those that depend on a graph input, `nodes` being all that have not run up to some point; the others are run with their readers."""
+        """Those of `nodes`, all that are due, that depend on a graph input; what does not is run with whoever reads it."""
         found = dict[ir.Node, None]()
         for node in nodes:
             makers = [(value, value.producer()) for value in ir.reads(node)]

@@ -16,6 +16,7 @@ from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.executor import BATCH, Executor, Fetch
 from graphq.quantizers import QParams
+from graphq.spec import QuantSpec
 from graphq.targets import Target
 
 
@@ -36,12 +37,13 @@ class LayerError:
     rows: int
 
 
-def measure(model: ir.Model, anchors: Sequence[ir.Node], qparams: Mapping[str, QParams], target: Target, data: CalibrationSet) -> dict[str, LayerError]:
-    """Error of each of `anchors` (by name) with its input (`qparams` by value name) and its weight quantized."""
+def measure(model: ir.Model, anchors: Sequence[ir.Node], formats: Mapping[str, tuple[QuantSpec, QParams]], target: Target,
+            data: CalibrationSet) -> dict[str, LayerError]:  # fmt: skip
+    """Error of each of `anchors` (by name) with its input (`formats` by value name) and its weight quantized."""
     probe = ir.clone(model)
     edit = Editor(probe)
     wanted = {node.name for node in anchors}
-    twins = {node.name or "": _add_twin(edit, node, qparams, target) for node in list(probe.graph) if node.name in wanted}
+    twins = {node.name or "": _add_twin(edit, node, formats, target) for node in list(probe.graph) if node.name in wanted}
     fetches = [name for names in twins.values() for name in names]
     executor = Executor(probe, [Fetch(name) for name in fetches])
     totals: dict[str, np.ndarray] = {name: np.zeros(()) for name in fetches}
@@ -50,7 +52,7 @@ def measure(model: ir.Model, anchors: Sequence[ir.Node], qparams: Mapping[str, Q
         samples += len(next(iter(batch.values())))
         for name, array in zip(fetches, executor.run(batch), strict=True):
             totals[name] = totals[name] + array.astype(np.float64)
-    work = {node.name or "": multiply_adds(node) for node in anchors}
+    work = {node.name or "": linear.multiply_adds(node) for node in anchors}
     whole = sum(work.values()) or 1.0
     found = {}
     for name, (noise, power, size, *shift) in twins.items():
@@ -61,14 +63,15 @@ def measure(model: ir.Model, anchors: Sequence[ir.Node], qparams: Mapping[str, Q
     return found
 
 
-def _add_twin(edit: Editor, node: ir.Node, qparams: Mapping[str, QParams], target: Target) -> list[str]:
+def _add_twin(edit: Editor, node: ir.Node, formats: Mapping[str, tuple[QuantSpec, QParams]], target: Target) -> list[str]:
     """A quantized copy of `node` beside it; returns the names of its noise, power, output size and summed channel error."""
     data, plain = linear.data_of(node), node.outputs[0]
     attributes = {key: entry.value for key, entry in node.attributes.items()}
     out = edit.insert(node, node.op_type, list(node.inputs), output=f"{node.name}_twin", attributes=attributes, after=True)
     twin = out.producer()
     assert twin is not None
-    qdq.insert_pair(edit, data, qparams[data.name or ""], target.activation, [(twin, linear.data_index(node))])
+    spec, qparams = formats[data.name or ""]
+    qdq.insert_pair(edit, data, qparams, spec, [(twin, linear.data_index(node))])
     qdq.insert_weight(edit, twin, qdq.spec_for_weight(twin, target.weight))
     error = edit.insert(twin, "Sub", [out, plain], output=f"{node.name}_error", after=True)
 
@@ -82,12 +85,3 @@ def _add_twin(edit: Editor, node: ir.Node, qparams: Mapping[str, QParams], targe
         rank = len(plain.shape)
         names.append(reduce("ReduceSum", error, "shift", [axis for axis in range(rank) if axis != linear.channel_axis(node) % rank]))
     return names
-
-
-def multiply_adds(node: ir.Node) -> float:
-    """Multiply-adds of one sample, with unknown dimensions counted as 1: weight size times output positions."""
-    weight = linear.weight_of(node)
-    shape = ir.shape_of(node.outputs[0]) or ()
-    positions = shape[2:] if linear.channel_axis(node) == 1 else shape[1:-1]
-    size = np.prod(tuple(weight.const_value.shape), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
-    return float(size * np.prod([dim if isinstance(dim, int) else 1 for dim in positions], dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Steps of normalize that move and remove: names, constants, functions, identities, dead nodes. Each is linear in the graph."""
+"""Steps of normalize that move and remove: names, constants, functions, identities. Each is linear in the graph."""
 
 from __future__ import annotations
 
@@ -151,19 +151,3 @@ def _is_idle_dropout(node: ir.Node) -> bool:
 def _may_be_output(value: ir.Value, node: ir.Node) -> bool:
     made_by = value.producer()
     return made_by is not None and made_by.graph is node.graph and not value.is_graph_output()
-
-
-def prune(edit: Editor) -> None:
-    """Remove nodes that nothing reads, in one walk from the outputs, and then the initializers that nothing reads."""
-    for node in reversed(graph_nodes(edit.model)):
-        if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
-            continue
-        for inner in ir.nodes_inside(node):  # they go with the node, and must not keep alive what they read
-            for index in range(len(inner.inputs)):
-                inner.replace_input_with(index, None)
-        edit.remove(node)
-    for one in edit.model.graphs():
-        dead = [value for value in one.initializers.values() if not (value.uses() or value.is_graph_output() or value.is_graph_input())]
-        for value in dead:
-            del one.initializers[value.name]
-            edit.edits["prune"] += 1

@@ -163,17 +163,23 @@ def _obstacle(node: ir.Node, before: int, wanted: int) -> str | None:
     return None
 
 
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @contextmanager
 def _captured(name: str) -> Iterator[list[logging.LogRecord]]:
     """Collect what a library logs instead of letting it reach the terminal."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger(name)
+    handler, logger = _Collector(), logging.getLogger(name)
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
-        yield records
+        yield handler.records
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate

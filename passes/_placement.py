@@ -16,6 +16,9 @@ from graphq.targets import Target
 
 Reader = tuple[ir.Node, int]
 
+WORTH_ROUNDING = 0.05
+"""Share of all multiply-adds from which a layer is worth an extra rounding of its output."""
+
 
 @dataclass
 class Placement:
@@ -50,9 +53,12 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
             plan.anchors.append(node)
         elif reason:
             plan.skipped.append((node, reason))
-    made = [fused_output(node, target) for node in plan.anchors if target.ops[node.op_type].quantized_output]
-    flowing = _flow(model, target, set(made), set(plan.anchors), exclude)
-    made += [fused_output(node, target) for node in flowing]
+    flowing = _flow(model, target, plan.anchors, exclude)
+    for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, {*plan.anchors, *flowing}, plan.anchors)]:
+        plan.anchors.remove(node)
+        plan.skipped.append((node, f"{target.name} would have to round its output, which only float nodes read, for little work saved"))
+    flowing = _flow(model, target, plan.anchors, exclude)
+    made = [fused_output(node, target) for node in [*plan.anchors, *flowing] if target.ops[node.op_type].quantized_output]
     plan.whole = set(made)
     plan.readers = {value: [(use.node, use.idx) for use in value.uses()] for value in made}
     for node in plan.anchors:
@@ -92,12 +98,23 @@ def fused_output(node: ir.Node, target: Target) -> ir.Value:
     return value
 
 
-def _flow(model: ir.Model, target: Target, whole: set[ir.Value], anchors: set[ir.Node], exclude: Sequence[str]) -> list[ir.Node]:
+def _rounds_for_nothing(node: ir.Node, target: Target, quantized: set[ir.Node], anchors: Sequence[ir.Node]) -> bool:
+    """Whether the integer kernel's output would be rounded for float readers alone, by a layer too small to be worth that.
+
+    The patch embedding of a ViT is the case: its output starts the residual stream, where an error stays to the end.
+    """
+    if not target.ops[node.op_type].quantized_output or _feeds(fused_output(node, target), quantized):
+        return False
+    return linear.multiply_adds(node) < WORTH_ROUNDING * sum(linear.multiply_adds(other) for other in anchors)
+
+
+def _flow(model: ir.Model, target: Target, anchor_nodes: Sequence[ir.Node], exclude: Sequence[str]) -> list[ir.Node]:
     """Nodes without weights that can stay integer, in topological order."""
-    quantized, found = set(whole), list[ir.Node]()
+    anchors = set(anchor_nodes)
+    quantized, found = {fused_output(node, target) for node in anchor_nodes if target.ops[node.op_type].quantized_output}, list[ir.Node]()
     for node in model.graph:
         rule = target.ops.get(node.op_type) if node.domain == "" else None
-        if rule is None or rule.anchor or node in anchors or node.op_type in exclude:
+        if rule is None or rule.anchor or node.op_type in exclude:
             continue
         if all(value in quantized for value in _operands(node)) and len(node.outputs) == 1 and _operands(node):
             found.append(node)

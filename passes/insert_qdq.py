@@ -24,7 +24,7 @@ from graphq.quantizers import QParams, Uniform
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
 
-Range = tuple[float, float]
+Format = tuple[QuantSpec, QParams]
 
 ENOUGH_ROWS = 256
 """A mean over fewer positions is noise rather than a bias."""
@@ -67,32 +67,41 @@ class InsertQdq(Pass):
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         plan = _placement.place(model, ctx.target, exclude=self.exclude)
-        found = self._ranges(plan, ctx)
-        if self.center and ctx.target.activation.symmetric:
-            ctx.measure("model", centered_activations=_center.center(ctx.edit, plan, found))
-        errors = self._errors(model, plan, found, ctx)
-        worst = self._worst(plan, errors)
-        plan = _placement.place(model, ctx.target, exclude=self.exclude, keep_float=worst)
+        formats = self._formats(plan, ctx)
+        errors = self._errors(model, plan, formats, ctx)
+        plan = _placement.place(model, ctx.target, exclude=self.exclude, keep_float=self._worst(plan, errors))
         for node, reason in plan.skipped:
             ctx.skip(node, reason)
         if self.correct_bias:
             _correct(plan, errors, ctx)
-        self._insert(plan, _fit(plan, found, ctx.target.activation), ctx)
+        self._insert(plan, formats, ctx)
         ctx.edit.prune()
 
-    def _ranges(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Range]:
+    def _formats(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Format]:
+        """Spec and qparams of every value, with one range for values that share a scale."""
         estimator = ranges.ESTIMATORS[self.ranges]()
         if isinstance(estimator, ranges.Percentile):
             estimator = replace(estimator, percent=self.percentile)
         observers = {value: estimator.observer(value.name or "", "current") for value in plan.readers}
         stats = ctx.observe(observers.values())
-        return {value: estimator.estimate(stats[observer], ctx.target.activation) for value, observer in observers.items()}
+        plain = ctx.target.activation
+        found = {value: estimator.estimate(stats[observer], plain) for value, observer in observers.items()}
+        formats = {}
+        for value, group in _placement.tied(plan):
+            lows, highs = zip(*(found[member] for member in group if member in found), strict=True)
+            formats[value] = (plain, Uniform(plain).fit(float(np.min(lows)), float(np.max(highs))))
+            if self.center and plain.symmetric and value not in plan.whole and all(_center.can_center(node) for node, _ in plan.readers[value]):
+                spec = replace(plain, symmetric=False)
+                low, high = estimator.estimate(stats[observers[value]], spec)
+                if _center.is_worthwhile(low, high):
+                    formats[value] = (spec, Uniform(spec).fit(low, high))
+        return formats
 
-    def _errors(self, model: ir.Model, plan: Placement, found: Mapping[ir.Value, Range], ctx: PassContext) -> dict[str, LayerError]:
+    def _errors(self, model: ir.Model, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[str, LayerError]:
         if not self.error_samples:
             return {}
-        qparams = {value.name or "": entry for value, entry in _fit(plan, found, ctx.target.activation).items()}
-        errors = _layer_error.measure(model, plan.anchors, qparams, ctx.target, ctx.calib.take(self.error_samples))
+        by_name = {value.name or "": entry for value, entry in formats.items()}
+        errors = _layer_error.measure(model, plan.anchors, by_name, ctx.target, ctx.calib.take(self.error_samples))
         for name, error in errors.items():
             ctx.measure(name, sqnr_db=error.sqnr_db, work=error.work)
         return errors
@@ -107,19 +116,25 @@ class InsertQdq(Pass):
                 kept[node] = f"kept float: its own error of {error.sqnr_db:.1f} dB is worse than {self.min_sqnr_db:g} dB"
         return kept
 
-    def _insert(self, plan: Placement, qparams: Mapping[ir.Value, QParams], ctx: PassContext) -> None:
+    def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> None:
         weight_spec = ctx.target.weight if self.per_channel else replace(ctx.target.weight, granularity=PerTensor())
         for node in plan.anchors:
-            activation, spec = qparams[linear.data_of(node)], qdq.spec_for_weight(node, weight_spec)
+            (activation_spec, activation), spec = formats[linear.data_of(node)], qdq.spec_for_weight(node, weight_spec)
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
             bias = ir.constant(linear.bias_of(node)) if ctx.target.bias_int32 and _takes_int32_bias(node) else None
             params = qdq.widen_for_bias(Uniform(spec).fit_weight(weight), activation, bias)
+            if activation_spec != ctx.target.activation:
+                _center.compensate(ctx.edit, node, activation, spec, params)
             qdq.insert_weight(ctx.edit, node, spec, params)
             if bias is not None:
                 qdq.insert_bias(ctx.edit, node, activation, params)
         for value, readers in plan.readers.items():
-            result = qdq.insert_pair(ctx.edit, value, qparams[value], ctx.target.activation, readers)
+            spec, qparams = formats[value]
+            source = value
+            if spec != ctx.target.activation:
+                source, qparams = _center.insert(ctx.edit, value, qparams)
+            result = qdq.insert_pair(ctx.edit, source, qparams, ctx.target.activation, readers)
             if value.is_graph_output() and value in plan.whole:
                 ctx.edit.replace_output(value, result)
 
@@ -138,11 +153,3 @@ def _takes_int32_bias(node: ir.Node) -> bool:
         return False
     return bias.shape == (weight.shape[linear.out_axis(node)],)
 
-
-def _fit(plan: Placement, found: Mapping[ir.Value, Range], spec: QuantSpec) -> dict[ir.Value, QParams]:
-    """Qparams of every value, one range for values that share a scale."""
-    qparams = {}
-    for value, group in _placement.tied(plan):
-        lows, highs = zip(*(found[member] for member in group if member in found), strict=True)
-        qparams[value] = Uniform(spec).fit(float(np.min(lows)), float(np.max(highs)))
-    return qparams

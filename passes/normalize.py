@@ -68,5 +68,5 @@ class Normalize(Pass):
         graph.drop_identities(edit)
         fold.fold_constants(edit, self.fold_limit)
         batch_norm.fold_batch_norms(ctx)
-        graph.prune(edit)
+        edit.prune()
         opset.infer_shapes(ctx)
