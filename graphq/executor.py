@@ -96,6 +96,7 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
     options.log_severity_level = 4 if not deployed else 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if deployed else "0")
     if not deployed:
+        options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if optimized_path is not None:
@@ -149,11 +150,11 @@ def _add_extrema(graph: onnx.GraphProto, value: str, name: str) -> None:
 
 def _add_sample(graph: onnx.GraphProto, value: str, name: str, shape: tuple[int | str | None, ...] | None) -> None:
     """Flatten each sample and take every k-th element, k coprime to the dimensions so that no channel is passed over."""
-    constants = {"rows": [0, -1] if shape else [1, -1], "start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [sample_step(shape)]}
+    constants = {"start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [sample_step(shape)]}
     for part, data in constants.items():
         graph.initializer.append(helper.make_tensor(f"{name}_{part}", onnx.TensorProto.INT64, [len(data)], data))
-    graph.node.append(helper.make_node("Reshape", [value, f"{name}_rows"], [f"{name}_flat"]))
-    graph.node.append(helper.make_node("Slice", [f"{name}_flat", *(f"{name}_{part}" for part in ("start", "end", "axis", "step"))], [name]))
+    graph.node.append(helper.make_node("Flatten", [value], [f"{name}_flat"], axis=1 if shape else 0))
+    graph.node.append(helper.make_node("Slice", [f"{name}_flat", *(f"{name}_{part}" for part in constants)], [name]))
 
 
 def sample_step(shape: tuple[int | str | None, ...] | None) -> int:

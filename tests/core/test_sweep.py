@@ -1,0 +1,253 @@
+"""The sweep: what it hands over equals plain runs of both models, each node runs once, and spilling changes no number."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphq import ir, qdq, sweep
+from graphq.calibration import CalibrationSet, open_calibration
+from graphq.editor import Editor
+from graphq.errors import ModelError
+from graphq.executor import Executor, Fetch
+from graphq.quantizers import Uniform
+from graphq.spec import PerAxis, PerTensor, QuantSpec
+from graphq.sweep import SweepStep
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
+SQUARE = ", ".join(str((k * 7 % 11 - 5) / 4) for k in range(16))
+BRANCHES = f"""{HEAD}
+branches (float[n, 4] x) => (float[n, 4] y, float[n, 4] side)
+<float[4, 4] w1 = {{{SQUARE}}}, float[4, 4] w2 = {{{SQUARE}}}, float[4, 4] w3 = {{{SQUARE}}}, float[4, 4] w4 = {{{SQUARE}}}>
+{{
+   [first] a = MatMul(x, w1)
+   [relu] b = Relu(a)
+   [second] c = MatMul(b, w2)
+   [residual] d = Add(c, b)
+   [left] e = MatMul(d, w3)
+   [right] side = MatMul(d, w4)
+   [join] f = Mul(e, side)
+   [outer] g = Add(f, a)
+   [last] y = Tanh(g)
+}}"""
+LINEAR = ("first", "second", "left", "right")
+IF_MODEL = f"""{HEAD}
+chosen (float[n, 4] x, bool[n] pick) => (float[n, 4] y)
+<float[4, 4] w1 = {{{SQUARE}}}, float[4, 4] w2 = {{{SQUARE}}}>
+{{
+   [first] a = MatMul(x, w1)
+   [relu] b = Relu(a)
+   [any] m = Cast <to = 7> (pick)
+   [count] t = ReduceMax <keepdims = 0> (m)
+   [flag] c = Cast <to = 9> (t)
+   [choice] d = If(c) <
+      then_branch = left () => (float[n, 4] p) {{ p = Add(a, b) }},
+      else_branch = right () => (float[n, 4] q) {{ r = Neg(b)  q = Sub(r, a) }}>
+   [second] e = MatMul(d, w2)
+   [last] y = Add(e, b)
+}}"""
+SAMPLES = 21  # two whole batches and a short one
+
+
+def data(model: ir.Model) -> CalibrationSet:
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.standard_normal((SAMPLES, 4)).astype(np.float32), "pick": np.arange(SAMPLES) % 2 == 0}
+    return open_calibration({entry.name: arrays[entry.name] for entry in ir.inputs(model)}, ir.inputs(model))
+
+
+def named(model: ir.Model, *names: str) -> list[ir.Node]:
+    nodes = {node.name: node for node in model.graph}
+    return [nodes[name] for name in names]
+
+
+def values(model: ir.Model, value: ir.Value | None) -> np.ndarray:
+    """One value over all samples, by a plain run of the whole model."""
+    assert value is not None
+    executor = Executor(model, [Fetch(value.name or "")])
+    return np.concatenate([executor.run(batch)[0] for batch in data(model).batches(sweep.BATCH)])
+
+
+def joined(batches: list[np.ndarray]) -> np.ndarray:
+    assert [len(array) for array in batches] == [min(sweep.BATCH, SAMPLES - start) for start in range(0, SAMPLES, sweep.BATCH)]
+    return np.concatenate(batches)
+
+
+def walk(model: ir.Model, reference: ir.Model, names: tuple[str, ...], **options: int) -> Iterator[SweepStep]:
+    return sweep.sweep(model, reference, named(model, *names), data(model), **options)
+
+
+@pytest.fixture(params=[BRANCHES, IF_MODEL], ids=["branches", "if"])
+def models(request: pytest.FixtureRequest) -> tuple[ir.Model, ir.Model, tuple[str, ...]]:
+    """A model, its reference, and where to stop."""
+    model = ir.from_onnx_text(request.param)
+    return model, ir.clone(model), LINEAR if request.param is BRANCHES else ("first", "choice", "second")
+
+
+@pytest.mark.parametrize("budget", [2 << 30, 500, 0])
+def test_every_step_equals_plain_runs(models: tuple[ir.Model, ir.Model, tuple[str, ...]], budget: int) -> None:
+    """Weights are changed at every stop: what comes after has to see that in the current model, and only there."""
+    model, reference, stops = models
+    edit = Editor(model)
+    twins = {node.name: node for node in reference.graph}
+    seen = []
+    for step in walk(model, reference, stops, memory_budget=budget):
+        twin = twins[step.node.name]
+        x_cur, x_ref, y_ref = (joined(part) for part in (step.x_cur, step.x_ref, step.y_ref))
+        np.testing.assert_array_equal(x_cur, values(model, step.node.inputs[0]))
+        np.testing.assert_array_equal(x_ref, values(reference, twin.inputs[0]))
+        np.testing.assert_array_equal(y_ref, values(reference, twin.outputs[0]))
+        if seen and step.node.op_type == "MatMul":
+            assert not np.array_equal(x_cur, x_ref), step.node.name
+        if step.node.op_type == "MatMul":
+            old = ir.constant(step.node.inputs[1])
+            assert old is not None
+            edit.set_weight(step.node, 1, old * 1.25 + 0.1)
+        np.testing.assert_array_equal(joined(step.y_cur()), values(model, step.node.outputs[0]))
+        seen.append(step.node.name)
+    assert seen == list(stops)
+
+
+def test_nodes_are_visited_in_the_order_of_the_graph() -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    assert [step.node.name for step in walk(model, ir.clone(model), ("right", "first", "left", "second"))] == list(LINEAR)
+    assert list(walk(model, ir.clone(model), ())) == []
+
+
+def test_any_node_can_be_a_stop() -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    reference, every = ir.clone(model), tuple(node.name or "" for node in model.graph)
+    for step in walk(model, reference, every):
+        np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
+        np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
+
+
+def test_every_node_runs_once_in_either_model(models: tuple[ir.Model, ir.Model, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference, stops = models
+    ran: dict[ir.Model, Counter[str]] = {model: Counter(), reference: Counter()}
+    init, run = Executor.__init__, Executor.run
+
+    def noting_init(self: Executor, which: ir.Model, *args: object, **options: object) -> None:
+        init(self, which, *args, **options)  # type: ignore[arg-type]
+        self.noted = (which, [node.name for node in options["nodes"]])  # type: ignore[attr-defined]
+
+    def noting_run(self: Executor, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        which, names = self.noted  # type: ignore[attr-defined]
+        ran[which].update(names)
+        return run(self, feeds)
+
+    monkeypatch.setattr(Executor, "__init__", noting_init)
+    monkeypatch.setattr(Executor, "run", noting_run)
+    list(walk(model, reference, stops))
+    batches = -(-SAMPLES // sweep.BATCH)
+    names = [node.name for node in model.graph]
+    before = names[: names.index(stops[-1])]
+    assert ran[model] == dict.fromkeys(before, batches)
+    assert ran[reference] == dict.fromkeys([*before, stops[-1]], batches)
+
+
+def test_what_nobody_reads_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the frontier is held: here x, and in either model two values beside what the step hands over."""
+    steps = "\n".join(f"[n{k}] v{k + 1} = MatMul(v{k}, w)" for k in range(30))
+    model = ir.from_onnx_text(f"{HEAD}\nm (float[n, 4] x) => (float[n, 4] v30)\n<float[4, 4] w = {{{SQUARE}}}> {{ v0 = Relu(x)\n{steps} }}")
+    stores, init = [], sweep._Store.__init__
+
+    def noting(self: sweep._Store, folder: Path, budget: int) -> None:
+        init(self, folder, budget)
+        stores.append(self)
+
+    monkeypatch.setattr(sweep._Store, "__init__", noting)
+    held = [stores[0].held for _ in walk(model, ir.clone(model), tuple(f"n{k}" for k in range(30)))]
+    assert max(held) <= 4 * SAMPLES * 4 * 4 and held[-1] == held[5]
+
+
+def test_spilling_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = ir.from_onnx_text(BRANCHES)
+    peak = 0
+    for step in walk(model, ir.clone(model), LINEAR, memory_budget=0):
+        peak = max(peak, len(list(tmp_path.rglob("*.npy"))))
+        assert all(isinstance(array, np.memmap) for array in step.y_ref)
+    assert peak > 0 and not list(tmp_path.iterdir())
+    unfinished = walk(model, ir.clone(model), LINEAR, memory_budget=0)
+    next(unfinished)
+    assert list(tmp_path.rglob("*.npy"))
+    unfinished.close()  # type: ignore[attr-defined]
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_spills_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = ir.from_onnx_text(BRANCHES)
+    for _ in walk(model, ir.clone(model), LINEAR):
+        assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_node_that_only_the_current_model_has() -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    reference = ir.clone(model)
+    model.graph[2].name = "renamed"
+    with pytest.raises(ModelError, match="(?s)reference model has too.*MatMul 'renamed'"):
+        list(walk(model, reference, ("renamed",)))
+
+
+# ---- quantizing on the way ------------------------------------------------------------------------------------------
+
+
+def quantize(edit: Editor, step: SweepStep) -> None:
+    """An asymmetric QDQ pair on the input and an int8 weight, as a pass would do at a stop."""
+    x, spec = np.concatenate(step.x_cur), QuantSpec(8, signed=False, symmetric=False, granularity=PerTensor())
+    value = step.node.inputs[0]
+    assert value is not None
+    qdq.insert_weight(edit, step.node, QuantSpec(8, granularity=PerAxis(1)))
+    qdq.insert_pair(edit, value, Uniform(spec).fit(x.min(), x.max()), spec, [(step.node, 0)])
+
+
+def test_pairs_and_weights_put_in_on_the_way_are_seen_downstream() -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    reference = ir.clone(model)
+    edit = Editor(model)
+    for index, step in enumerate(walk(model, reference, LINEAR)):
+        np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
+        assert np.array_equal(joined(step.x_cur), joined(step.x_ref)) == (index == 0)
+        quantize(edit, step)
+        np.testing.assert_array_equal(joined(step.y_cur()), values(model, step.node.outputs[0]))
+
+
+def test_a_quantized_weight_is_no_part_of_the_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DequantizeLinear of a constant is computed with its reader: kept for later, it would cost more than the activations."""
+    model = ir.from_onnx_text(BRANCHES)
+    reference, edit = ir.clone(model), Editor(model)
+    for node in named(model, *LINEAR):
+        qdq.insert_weight(edit, node, QuantSpec(8, granularity=PerAxis(1)))
+    stored = []
+    put = sweep._Store.put
+
+    def noting(self: sweep._Store, array: np.ndarray) -> np.ndarray:
+        stored.append(array.shape)
+        return put(self, array)
+
+    monkeypatch.setattr(sweep._Store, "put", noting)
+    for step in walk(model, reference, LINEAR):
+        np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
+        np.testing.assert_array_equal(joined(step.y_cur()), values(model, step.node.outputs[0]))
+    assert stored and {shape[0] for shape in stored} <= {sweep.BATCH, SAMPLES % sweep.BATCH} - {4}
+
+
+def test_a_stop_whose_first_input_is_constant() -> None:
+    model = ir.from_onnx_text(f"""{HEAD}
+m (float[n, 4] x) => (float[n, 4] y)
+<float[4, 4] w = {{{SQUARE}}}, float[4, 4] v = {{{SQUARE}}}>
+{{ [folded] k = Neg(w)  [product] a = MatMul(k, v)  [turned] b = MatMul(a, v)  [last] y = MatMul(x, b) }}""")
+    for step in walk(model, ir.clone(model), ("product", "turned", "last")):
+        if step.node.name != "last":
+            for batch in (*step.x_cur, *step.x_ref):
+                np.testing.assert_array_equal(batch, values(model, step.node.inputs[0])[:4])
+            np.testing.assert_array_equal(step.y_ref[0], step.y_cur()[0])
+        else:
+            np.testing.assert_array_equal(joined(step.x_cur), joined(step.x_ref))
+            np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
