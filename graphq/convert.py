@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 import graphq
-from graphq import accuracy, ir, kernels_used, report, targets, verify
+from graphq import accuracy, ir, kernels_used, linear, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet, open_calibration
 from graphq.errors import DataError, ModelError, UsageError, VerifyError
@@ -67,19 +67,15 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     with clock("load"):
         original = ir.load(path)
         files.check_output(out_path, path)
+        if report_dir is not None:
+            report.check_folder(report_dir)
         data = _open_data(calib, original, preprocess, seed)
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                       memory_budget=memory_budget, progress=progress)  # fmt: skip
-    with clock("normalize"):
-        lead = _normalizing(plan)
-        records = run_passes(plan.passes[:lead], ctx, verify.verify_graph)
-        ctx.reference = ir.clone(ctx.model)
-        for one in plan.passes[lead:]:
-            one.precheck(ctx.model, goal)
     with clock("passes"):
-        records += run_passes(plan.passes[lead:], ctx, verify.verify_graph)
+        records = run_passes(plan.passes, ctx, verify.verify_graph)
     with clock("verify"):
         targets.require_legal(ctx.model, goal)
         verify.require_same_interface(original, ctx.model)
@@ -133,11 +129,6 @@ def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | P
     if not len(data):
         raise DataError("There are no calibration samples.", where=data.source)
     return data
-
-
-def _normalizing(recipe: Recipe) -> int:
-    """How many passes at the head of the recipe keep the function as it is: the reference is taken after them."""
-    return next((index for index, one in enumerate(recipe.passes) if not one.idle_is_fine), len(recipe.passes))
 
 
 def _measure(original: ir.Model, ctx: PassContext, labelled: accuracy.Labelled | None, out: Path) -> Measured:
@@ -227,22 +218,33 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
         passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
         quantized=_quantized(ctx.model), weight_bytes_before=before, weight_bytes_after=after, integer_kernels=measured.integer_kernels,
-        gates=gates, versions=report.tool_versions(), notes=_notes(data),
+        gates=gates, versions=report.tool_versions(), notes=_notes(data, plan),
     )  # fmt: skip
 
 
 def _quantized(model: ir.Model) -> dict[str, int]:
-    """Nodes that read a DequantizeLinear, by operator type."""
+    """Quantized nodes by operator type: linear ones with integer weights, others between DequantizeLinear and QuantizeLinear."""
     counts: Counter[str] = Counter()
     for node in model.graph:
-        makers = [ir.producer(value) for value in node.inputs]
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") and any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
-            counts[node.op_type] += 1
-    return dict(counts)
+        if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        if node.op_type in linear.LINEAR_OPS:
+            found = _made_by(linear.weight_of(node), "DequantizeLinear")
+        else:
+            reads = node.inputs and _made_by(node.inputs[0], "DequantizeLinear")
+            found = bool(reads) and all(use.node.op_type == "QuantizeLinear" for out in node.outputs for use in out.uses())
+        counts[node.op_type] += found
+    return dict(+counts)
 
 
-def _notes(data: CalibrationSet) -> tuple[str, ...]:
+def _made_by(value: ir.Value | None, op_type: str) -> bool:
+    maker = ir.producer(value)
+    return maker is not None and maker.op_type == op_type
+
+
+def _notes(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:
     if data.kind != "random":
         return ()
-    return (f"No calibration data was given: ranges come from {len(data)} RANDOM inputs of the declared types. "
-            "Accuracy on real inputs was not measured and may be much worse; give --calib.",)  # fmt: skip
+    use = "ranges and verification" if any(one.needs_data for one in plan.passes) else "verification"
+    return (f"No calibration data was given: {len(data)} RANDOM inputs of the declared types stood in for it, in {use}. "
+            "What the result does on real inputs is not known and may be much worse; give --calib.",)  # fmt: skip

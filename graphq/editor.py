@@ -92,20 +92,20 @@ class Editor:
         self.edits["rewire"] += 1
 
     def replace(self, old: Value, new: Value) -> None:
-        """Let every reader of `old` read `new`; a graph output keeps its name."""
-        if old.is_graph_output():
+        """Let every reader of `old` read `new`, and the graph return it; what the model returns keeps its name."""
+        if old.is_graph_output() and old.graph is self.model.graph:
             self.replace_output(old, new)
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
         self.edits["replace"] += 1
 
     def replace_output(self, old: Value, new: Value) -> None:
         """Let the model return `new` where it returned `old`, under the same name; readers inside the graph are left alone."""
         name, old.name = old.name, self.unique(f"{old.name}_inner")
         new.name = name
-        graph = self.model.graph
-        for index, output in enumerate(graph.outputs):
+        outputs = self.model.graph.outputs
+        for index, output in enumerate(outputs):
             if output is old:
-                graph.outputs[index] = new
+                outputs[index] = new
         self.edits["replace"] += 1
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:

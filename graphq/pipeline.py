@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
@@ -65,7 +64,7 @@ class PassContext:
 
     Attributes:
         edit: The only way to change the graph.
-        reference: The normalized float model, never changed.
+        reference: The float model as the passes that keep its function left it.
         calib: Samples for statistics.
         held_out: Samples that no statistic has seen.
         target: What the runtime can express and what it fuses.
@@ -87,6 +86,11 @@ class PassContext:
 
     def __post_init__(self) -> None:
         self.edit = Editor(self.model)
+
+    def rebase(self) -> None:
+        """Let the model as it is now be the reference."""
+        self.reference = ir.clone(self.model)
+        self._stats.clear()
 
     def measure(self, where: str, **numbers: float) -> None:
         """Put numbers into the report."""
@@ -129,20 +133,18 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     fetches = list(dict.fromkeys(_fetch(tap) for observer in observers for tap in observer.taps))
     executor = Executor(model, fetches)
     stats = {observer: observer.init() for observer in observers}
+    done = 0
     for batch in data.batches(BATCH):
         arrays = dict(zip(fetches, executor.run(batch), strict=True))
         for observer in observers:
             stats[observer] = observer.update(stats[observer], *(arrays[_fetch(tap)] for tap in observer.taps))
-        progress("calibrate", min(len(data), _count(batch)), len(data))
+        done += len(next(iter(batch.values())))
+        progress("calibrate", done, len(data))
     return stats
 
 
 def _fetch(tap: Tap) -> Fetch:
     return Fetch(tap.value, tap.view)
-
-
-def _count(batch: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(batch.values())))
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -158,29 +160,41 @@ class Pass(ABC):
     idle_is_fine: ClassVar[bool] = False
     """Whether changing nothing means that there was nothing to do (normalize), rather than that nothing matched."""
 
+    keeps_function: ClassVar[bool] = False
+    """Whether the model computes the same after it: such passes at the head of a recipe change the reference too."""
+    needs_data: ClassVar[bool] = False
+    """Whether it reads calibration data."""
+
     allow_no_effect: bool = False
 
     @abstractmethod
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Change `model` through `ctx.edit`; put refusals into `ctx.skip`, numbers into `ctx.measure`."""
 
-    def precheck(self, model: ir.Model, target: Target) -> None:
+    def precheck(self, model: ir.Model, target: Target) -> None:  # noqa: B027 (optional)
         """Refuse before any calibration what `target` cannot express. Raises TargetError."""
 
-    def check(self, model: ir.Model) -> None:
+    def check(self, model: ir.Model) -> None:  # noqa: B027 (optional)
         """A postcondition of this pass. Raises VerifyError."""
 
 
 def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None]) -> list[PassRecord]:
     """Apply `passes` in order, verify after each, and return one record a pass.
 
+    As long as they keep the function, the reference follows the model. Before the first that does not, all that are left
+    may refuse the target: nothing has been calibrated then.
+
     Raises:
         RecipeError: a pass changed nothing and neither it nor the recipe allows that.
+        TargetError: a pass cannot write for the target.
         VerifyError: the graph is not valid after a pass.
     """
-    records = []
+    records, exact = [], True
     for index, one in enumerate(passes):
         ctx.progress(one.name, index, len(passes))
+        for next_one in [one] if one.keeps_function else passes[index:] if exact else []:
+            next_one.precheck(ctx.model, ctx.target)
+        exact = exact and one.keeps_function
         ctx.measurements, ctx.skipped = [], []
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
@@ -197,6 +211,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
                 f"Pass {one.name!r} changed nothing.", where=f"number {index + 1} of {len(passes)}", expected="at least one node that it applies to",
                 hint=f"{_reasons(ctx.skipped)}take the pass out of the recipe, or set allow_no_effect: true",
             )  # fmt: skip
+        if exact and edits:
+            ctx.rebase()
         seconds = time.perf_counter() - started
         records.append(PassRecord(one.name, changed_options(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
     return records

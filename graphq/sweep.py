@@ -114,12 +114,22 @@ class _Walk:
         self._run(pending, keep=set(stop.inputs))
         first = stop.inputs[0]
         assert first is not None
-        return self.live[first]
+        return self._arrays(first)
 
     def step(self, node: ir.Node) -> Batches:
         """Run `node` itself; returns its first output."""
         self._run([node], keep={node.outputs[0]})
-        return self.live[node.outputs[0]]
+        return self._arrays(node.outputs[0])
+
+    def _arrays(self, value: ir.Value) -> Batches:
+        """The value for each batch, the same for all if it depends on no input."""
+        if value in self.live:
+            return self.live[value]
+        maker, array = value.producer(), ir.constant(value)
+        if maker is None or array is not None:
+            assert array is not None, "every input is fed"
+            return [array] * len(next(iter(self.inputs.values())))
+        return self._execute([maker], [value])[value]
 
     def peek(self, node: ir.Node) -> Batches:
         """First output of `node` without counting it as run."""
@@ -130,17 +140,18 @@ class _Walk:
         self.done.update(nodes)
         wanted = [value for node in nodes for value in node.outputs if value in keep or self._is_read_later(value)]
         if nodes and wanted:
-            results = self._execute(nodes, wanted)
-            self.live.update({value: [self.store.put(array) for array in arrays] for value, arrays in results.items()})
+            self.live.update(self._execute(nodes, wanted, self.store.put))
         for value in [value for value in self.live if value not in keep and value not in self.inputs and not self._is_read_later(value)]:
             self.store.drop(self.live.pop(value))
 
-    def _execute(self, nodes: Sequence[ir.Node], wanted: Sequence[ir.Value]) -> dict[ir.Value, Batches]:
+    def _execute(self, nodes: Sequence[ir.Node], wanted: Sequence[ir.Value],
+                 put: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> dict[ir.Value, Batches]:  # fmt: skip
+        """Values that `nodes` make, for each batch, given to `put` batch by batch, so that no more than one lies in memory."""
         feeds = {value.name or "": arrays for value, arrays in self.live.items()}
         kinds = {name: arrays[0].dtype for name, arrays in feeds.items() if arrays}
         executor = Executor(self.model, [Fetch(value.name or "") for value in wanted], nodes=[*self._constants(nodes), *nodes], feeds=kinds)
         count = len(next(iter(feeds.values()), []))
-        results = [executor.run({name: arrays[index] for name, arrays in feeds.items()}) for index in range(count)]
+        results = [[put(array) for array in executor.run({name: arrays[index] for name, arrays in feeds.items()})] for index in range(count)]
         return {value: list(arrays) for value, arrays in zip(wanted, zip(*results, strict=True), strict=True)}
 
     def _is_read_later(self, value: ir.Value) -> bool:

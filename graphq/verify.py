@@ -17,7 +17,6 @@ from graphq.executor import BATCH, Executor, Feeds
 from graphq.report import Latency, OutputComparison
 
 
-
 def verify_graph(model: ir.Model) -> None:
     """The onnx checker, without the bytes of the weights.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphq import ir, linear
-from graphq.passes._normalize_graph import graph_nodes, replace
+from graphq.passes._normalize_graph import graph_nodes
 from graphq.passes._normalize_math import affine, fold_bias, scale_outputs
 from graphq.pipeline import PassContext
 
@@ -73,7 +73,7 @@ def _fold(ctx: PassContext, node: ir.Node) -> None:
     beta = float(ir.attribute(host, "beta", 1.0)) if host.op_type == "Gemm" else 1.0
     _set(ctx, host, 2, fold_bias(bias, factor, offset, beta))
     host.meta[BATCH_NORM] = {**parameters, "epsilon": epsilon}
-    replace(ctx.edit, node.outputs[0], host.outputs[0])
+    ctx.edit.replace(node.outputs[0], host.outputs[0])
     ctx.edit.remove(node)
 
 

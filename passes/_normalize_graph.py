@@ -109,15 +109,6 @@ def become_constant(edit: Editor, out: ir.Value, data: object) -> None:
     edit.remove(node)
 
 
-def replace(edit: Editor, old: ir.Value, new: ir.Value) -> None:
-    """`edit.replace`, also for what a subgraph returns: it is returned by position, so its name need not stay."""
-    if old.is_graph_output() and old.graph is not edit.model.graph:
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        edit.edits["replace"] += 1
-    else:
-        edit.replace(old, new)
-
-
 def drop_identities(edit: Editor) -> None:
     """Remove `Identity` and inference-time `Dropout`.
 
@@ -134,7 +125,7 @@ def drop_identities(edit: Editor) -> None:
             source.type = out.type
         if out.shape is not None and (source.shape is None or out.is_graph_output()):
             source.shape = out.shape
-        replace(edit, out, source)
+        edit.replace(out, source)
         edit.remove(node)
 
 

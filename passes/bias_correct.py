@@ -26,6 +26,7 @@ class BiasCorrect(Pass):
     """
 
     name: ClassVar[str] = "bias-correct"
+    needs_data: ClassVar[bool] = True
 
     samples: Annotated[int, Field(ge=0)] = 32
 

@@ -47,6 +47,7 @@ class InsertQdq(Pass):
     """
 
     name: ClassVar[str] = "insert-qdq"
+    needs_data: ClassVar[bool] = True
 
     ranges: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
