@@ -27,7 +27,7 @@ from graphq.recipe import Gates, Recipe, load_recipe
 from graphq.report import Accuracy, CalibrationFacts, GateResult, Latency, OutputComparison, Report
 from graphq.targets import Target
 
-HELD_OUT = 16
+HELD_OUT = 8
 """Samples kept back for verification, at most a quarter of what there is."""
 
 Emit = Literal["onnx", "engine"]
@@ -79,7 +79,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     with clock("verify"):
         targets.require_legal(ctx.model, goal)
         verify.require_same_interface(original, ctx.model)
-        measured = _measure(original, ctx, labelled, out_path)
+        measured = _measure(original, ctx, plan, labelled, out_path)
     gates = check_gates(plan.gates, measured)
     with clock("emit"):
         result = _report(path, original, ctx, plan, data, seed, command, records, measured, gates)
@@ -131,7 +131,7 @@ def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | P
     return data
 
 
-def _measure(original: ir.Model, ctx: PassContext, labelled: accuracy.Labelled | None, out: Path) -> Measured:
+def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path) -> Measured:
     """Run the original and the result as the user will run them, on samples that no statistic has seen."""
     deployed = ctx.target.measures_speed
     names = [value.name or "" for value in original.graph.outputs]
@@ -151,7 +151,7 @@ def _measure(original: ir.Model, ctx: PassContext, labelled: accuracy.Labelled |
     latency = None
     if deployed:
         feeds = next(iter(ctx.held_out.batches(1)))
-        latency = verify.measure_latency(reference, result, feeds)
+        latency = verify.measure_latency(reference, result, feeds, enough=plan.gates.min_speedup or 0.0)
     ctx.progress("verify", 2, 3)
     found = accuracy.compare(reference, result, labelled) if labelled is not None else None
     return Measured(comparison, latency, found, kernels)

@@ -14,7 +14,7 @@ import numpy as np
 
 from graphq import ir
 from graphq.errors import ModelError
-from graphq.ir import Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, to_proto, values_by_name, without_weights
+from graphq.ir import Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
 
 
 class Editor:
@@ -117,13 +117,6 @@ class Editor:
         for node in nodes:
             node.graph.remove(node, safe=True)  # type: ignore[union-attr]
         self.edits["remove"] += len(nodes)
-
-    def run(self, common_pass: Any) -> None:
-        """Run a pass of onnx_ir; what it changed is found by comparing, since its own flag is not reliable."""
-        before = to_proto(without_weights(self.model)[0])
-        common_pass(self.model)
-        if to_proto(without_weights(self.model)[0]) != before:
-            self.edits[type(common_pass).__name__] += 1
 
     def prune(self) -> None:
         """Remove the nodes that nothing reads, in one walk from the outputs, and then the initializers that nothing reads."""

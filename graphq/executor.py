@@ -35,7 +35,7 @@ ORT_OPSET, ORT_IR = 26, 13
 
 @dataclass(frozen=True)
 class Fetch:
-    """One value to look at: whole, as `(min, max)`, or as a strided subsample of at most about `SAMPLE_SIZE` elements a sample."""
+    """One value to look at: whole, as `(min(x, 0), max(x, 0))`, or as a strided subsample of about `SAMPLE_SIZE` elements a sample."""
 
     value: str
     view: View = "whole"
@@ -59,13 +59,11 @@ class Executor:
                  optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
-            shell, weights = ir.without_weights(model)
-            proto = ir.to_proto(shell)
+            proto, weights = ir.light_proto(model)
         else:
             proto, weights = ir.segment_proto(model, nodes, feeds or {})
-        values = ir.values_by_name(model.graph) if any(fetch.view == "sample" for fetch in self.fetches) else {}
-        shapes = {fetch.value: ir.shape_of(values.get(fetch.value)) for fetch in self.fetches if fetch.view == "sample"}
-        _add_views(proto, self.fetches, shapes)
+        values = {} if all(fetch.view == "whole" for fetch in self.fetches) else ir.values_by_name(model.graph)
+        _add_views(proto, self.fetches, {fetch.value: values[fetch.value] for fetch in self.fetches if fetch.view != "whole"})
         self.threads = threads or os.cpu_count() or 1
         self._session = _session(proto, weights, deployed=deployed, threads=threads, optimized_path=optimized_path)
         self._names = [entry.name for entry in self._session.get_inputs()]
@@ -73,7 +71,7 @@ class Executor:
     def run(self, feeds: Feeds) -> list[np.ndarray]:
         """One array per fetch. Feeds that the session does not read are ignored."""
         try:
-            return self._session.run(None, {name: feeds[name] for name in self._names})
+            arrays = self._session.run(None, {name: feeds[name] for name in self._names})
         except KeyError as error:
             raise ModelError(f"Input {error} was not fed.", expected=f"arrays for {', '.join(self._names)}") from error
         except Exception as error:  # ORT's own exception types are not public
@@ -82,10 +80,16 @@ class Executor:
                 f"ONNX Runtime failed while running the model: {_first_line(error)}", where=shapes,
                 hint="check that the calibration arrays have the shape the model was exported for",
             ) from error  # fmt: skip
+        return [_with_zero(array) if fetch.view == "extrema" else array for fetch, array in zip(self.fetches, arrays, strict=True)]
 
     def stream(self, batches: Iterable[Feeds]) -> Iterator[list[np.ndarray]]:
         for batch in batches:
             yield self.run(batch)
+
+
+def _with_zero(extrema: np.ndarray) -> np.ndarray:
+    """Extend a range to contain 0, as every quantizer does; the range of nothing becomes 0 to 0, NaN stays."""
+    return np.array([np.minimum(extrema[0], 0), np.maximum(extrema[1], 0)], extrema.dtype)
 
 
 def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deployed: bool, threads: int, optimized_path: str | None) -> Any:
@@ -94,7 +98,6 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4 if not deployed else 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if deployed else "0")
     if not deployed:
         options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -117,7 +120,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], shapes: Mapping[str, tuple[int | str | None, ...] | None]) -> None:
+def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping[str, ir.Value]) -> None:
     """Make the fetches the outputs of the graph, reduced where a view asks for it."""
     graph = proto.graph
     declared = {entry.name: entry for entry in [*graph.output, *graph.input, *graph.value_info]}
@@ -131,21 +134,40 @@ def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], shapes: Mapping
         if fetch.view == "whole":
             graph.node.append(helper.make_node("Identity", [fetch.value], [name]))
         elif fetch.view == "extrema":
-            _add_extrema(graph, fetch.value, name)
+            _add_extrema(graph, fetch.value, name, _is_cheap(values[fetch.value]))
         else:
-            _add_sample(graph, fetch.value, name, shapes.get(fetch.value))
+            _add_sample(graph, fetch.value, name, ir.shape_of(values[fetch.value]))
         graph.output.append(helper.make_empty_tensor_value_info(name))
     names = [entry.name for entry in graph.output]
     if len(set(names)) != len(names):
         raise ValueError(f"a value is fetched twice: {names}")
 
 
-def _add_extrema(graph: onnx.GraphProto, value: str, name: str) -> None:
-    for op, part in (("ReduceMin", "low"), ("ReduceMax", "high")):
-        graph.node.append(helper.make_node(op, [value], [f"{name}_{part}"], keepdims=0))
-        graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", f"{name}_flat"], [f"{name}_{part}_1"]))
+def _add_extrema(graph: onnx.GraphProto, value: str, name: str, cheap: bool) -> None:
+    """Reduce to `(min, max)`; `cheap` says that the value is `[N, C, ...]` and never negative.
+
+    Then the maximum over positions is pooled first: ONNX Runtime pools in the blocked layout of its convolutions, while a
+    reduction makes it copy the whole tensor back to NCHW.
+    """
     graph.initializer.append(helper.make_tensor(f"{name}_flat", onnx.TensorProto.INT64, [1], [1]))
+    source = f"{name}_pooled" if cheap else value
+    if cheap:
+        graph.node.append(helper.make_node("GlobalMaxPool", [value], [source]))
+        graph.initializer.append(helper.make_tensor(f"{name}_low_1", onnx.TensorProto.FLOAT, [1], [0.0]))
+    for op, part in (("ReduceMax", "high"),) if cheap else (("ReduceMin", "low"), ("ReduceMax", "high")):
+        graph.node.append(helper.make_node(op, [source], [f"{name}_{part}"], keepdims=0))
+        graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", f"{name}_flat"], [f"{name}_{part}_1"]))
     graph.node.append(helper.make_node("Concat", [f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
+
+
+def _is_cheap(value: ir.Value | None) -> bool:
+    """Whether `value` is the float result of an activation that is never negative, with positions to pool over."""
+    maker = ir.producer(value)
+    shape = ir.shape_of(value)
+    if maker is None or maker.domain or shape is None or len(shape) < 3 or 0 in shape or not ir.is_float(value):
+        return False
+    lower = ir.constant(maker.inputs[1]) if maker.op_type == "Clip" and len(maker.inputs) > 1 else None
+    return maker.op_type in ("Relu", "Sigmoid") or (lower is not None and float(lower) >= 0)
 
 
 def _add_sample(graph: onnx.GraphProto, value: str, name: str, shape: tuple[int | str | None, ...] | None) -> None:

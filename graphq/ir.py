@@ -19,8 +19,8 @@ from graphq.spec import ModelInput
 
 __all__ = [
     "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "describe",
-    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer",
-    "reads", "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name", "without_weights",
+    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "light_proto", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer",
+    "reads", "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name",
 ]  # fmt: skip
 
 MAX_OPSET = onnx.defs.onnx_opset_version()
@@ -137,22 +137,34 @@ def clone(model: Model) -> Model:
     return model.clone()
 
 
-def without_weights(model: Model, threshold: int = 1024) -> tuple[Model, dict[str, np.ndarray]]:
-    """A clone whose main-graph initializers over `threshold` bytes are empty external references, and their arrays by name.
+def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The protobuf form without the bytes of the main graph's larger initializers, and their arrays by name.
 
-    Types that numpy does not know (4 and 2 bits) stay inside. This is how sessions share weights instead of copying them.
+    They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
+    does not know (4 and 2 bits) stay inside.
     """
-    shell, arrays = model.clone(), {}
-    for name, value in shell.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > threshold and tensor.dtype.bitwidth >= 8:
-            arrays[name] = tensor.numpy()
-            value.const_value = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
-    return shell, arrays
+    arrays, tensors = {}, {}
+    try:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is not None and value.uses() and _is_heavy(value.const_value):
+                tensors[name], arrays[name] = value.const_value, value.const_value.numpy()
+                value.const_value = _hollow(value.const_value, name)
+        return to_proto(model), arrays
+    finally:
+        for name, tensor in tensors.items():
+            model.graph.initializers[name].const_value = tensor
+
+
+def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
+    return tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8
+
+
+def _hollow(tensor: onnx_ir.TensorProtocol, name: str) -> onnx_ir.ExternalTensor:
+    return onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
 
 
 def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `without_weights`."""
+    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
     proto = onnx.ModelProto(ir_version=model.ir_version)
     proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
     proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
@@ -165,9 +177,8 @@ def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dt
             continue
         if value.is_initializer():
             tensor = value.const_value
-            if tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8:
-                arrays[value.name] = tensor.numpy()
-                tensor = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name)
+            if _is_heavy(tensor):
+                arrays[value.name], tensor = tensor.numpy(), _hollow(tensor, value.name)
             graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
             graph.initializer[-1].name = value.name
         else:

@@ -30,7 +30,8 @@ _MIN_EXPONENT = -126  # Of the smallest normal float32; 2^126 is still finite.
 class Tap:
     """One value to watch in one of the two models, and what of it.
 
-    Views: `whole`, the tensor; `extrema`, a float array `[2]` with its minimum and maximum, reduced inside the graph;
+    Views: `whole`, the tensor; `extrema`, a float array `[2]` with its minimum and maximum, both extended to 0 by
+    the executor (every range contains 0), reduced inside the graph;
     `sample`, a float array `[n]` with some thousand elements for each calibration sample.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from graphq import ir, linear
 from graphq.editor import Editor
-from graphq.quantizers import QParams, Uniform
+from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
 
 INT32_LIMIT = float(1 << 30)
@@ -83,11 +83,13 @@ def bias_scale(activation: QParams, weight: QParams, shape: tuple[int, ...]) -> 
 
 
 def widen_for_bias(weight: QParams, activation: QParams, bias: np.ndarray | None) -> QParams:
-    """`weight` with the scales of (almost) dead channels raised until the bias codes fit into 30 bits."""
+    """`weight` with the scales of (almost) dead channels raised until the bias codes fit into 30 bits and their scale is a normal float."""
     if bias is None:
         return weight
-    least = np.abs(bias.astype(np.float64)) / (INT32_LIMIT * float(activation.scale))
-    return replace(weight, scale=np.maximum(weight.scale, least.astype(np.float32)).astype(np.float32))
+    least = np.maximum(np.abs(bias.astype(np.float64)) / INT32_LIMIT, MIN_SCALE) / float(activation.scale)
+    if not weight.scale.ndim:
+        least = least.max(initial=0.0)
+    return replace(weight, scale=np.maximum(weight.scale, np.asarray(least, np.float32)))
 
 
 def _qparam_values(edit: Editor, name: str, qparams: QParams, spec: QuantSpec) -> tuple[ir.Value, ir.Value]:

@@ -79,7 +79,7 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians of runs side by side in one process; `speedup` is `reference_ms / result_ms`."""
+    """The fastest of several runs side by side in one process; `speedup` is `reference_ms / result_ms`."""
 
     batch: int
     reference_ms: float

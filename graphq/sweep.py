@@ -151,7 +151,8 @@ class _Walk:
         kinds = {name: arrays[0].dtype for name, arrays in feeds.items() if arrays}
         executor = Executor(self.model, [Fetch(value.name or "") for value in wanted], nodes=[*self._constants(nodes), *nodes], feeds=kinds)
         count = len(next(iter(feeds.values()), []))
-        results = [[put(array) for array in executor.run({name: arrays[index] for name, arrays in feeds.items()})] for index in range(count)]
+        runs = (executor.run({name: arrays[index] for name, arrays in feeds.items()}) for index in range(count))
+        results = [[put(array) for array in run] for run in runs]
         return {value: list(arrays) for value, arrays in zip(wanted, zip(*results, strict=True), strict=True)}
 
     def _is_read_later(self, value: ir.Value) -> bool:

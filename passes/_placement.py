@@ -28,6 +28,7 @@ class Placement:
         anchors: Linear nodes to quantize, in topological order.
         readers: For each value to quantize, the (node, input index) pairs that shall read it quantized.
         whole: Those of them that all readers read quantized, because an integer kernel makes them.
+        derived: Those whose integers come unchanged from others of their group, so that they need no range of their own.
         groups: Values that must share one scale, each list of length 2 or more.
         skipped: Nodes left float, with the reason.
     """
@@ -35,6 +36,7 @@ class Placement:
     anchors: list[ir.Node] = field(default_factory=list)
     readers: dict[ir.Value, list[Reader]] = field(default_factory=dict)
     whole: set[ir.Value] = field(default_factory=set)
+    derived: set[ir.Value] = field(default_factory=set)
     groups: list[list[ir.Value]] = field(default_factory=list)
     skipped: list[tuple[ir.Node, str]] = field(default_factory=list)
 
@@ -65,6 +67,7 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
         if linear.data_of(node) not in plan.whole:
             plan.readers.setdefault(linear.data_of(node), []).append((node, linear.data_index(node)))
     plan.groups = _groups(flowing, target)
+    plan.derived = {fused_output(node, target) for node in flowing if target.ops[node.op_type].shared_scale}
     return plan
 
 

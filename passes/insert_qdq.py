@@ -26,7 +26,7 @@ from graphq.targets import Target
 
 Format = tuple[QuantSpec, QParams]
 
-ENOUGH_ROWS = 256
+ENOUGH_ROWS = 128
 """A mean over fewer positions is noise rather than a bias."""
 
 
@@ -55,7 +55,7 @@ class InsertQdq(Pass):
     exclude: tuple[str, ...] = ()
     min_sqnr_db: Annotated[float, Field(ge=0, le=60)] = 28.0
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
-    error_samples: Annotated[int, Field(ge=0)] = 8
+    error_samples: Annotated[int, Field(ge=0)] = 4
     correct_bias: bool = True
     center: bool = True
 
@@ -83,7 +83,7 @@ class InsertQdq(Pass):
         estimator = ranges.ESTIMATORS[self.ranges]()
         if isinstance(estimator, ranges.Percentile):
             estimator = replace(estimator, percent=self.percentile)
-        observers = {value: estimator.observer(value.name or "", "current") for value in plan.readers}
+        observers = {value: estimator.observer(value.name or "", "current") for value in plan.readers if value not in plan.derived}
         stats = ctx.observe(observers.values())
         plain = ctx.target.activation
         found = {value: estimator.estimate(stats[observer], plain) for value, observer in observers.items()}

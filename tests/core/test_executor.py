@@ -267,3 +267,30 @@ def test_a_large_blocked_int4_matmul_keeps_float_activations(sizes: tuple[int, i
     exact = x.astype(np.float64) @ (codes * np.repeat(scale.astype(np.float64), 32, 0))
     error = np.abs(Executor(model).run({"x": x})[0] - exact).max() / np.abs(exact).max()
     assert error < 1e-6
+
+
+LARGE = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+
+
+@pytest.mark.parametrize("place", ["nobody", "a dead node", "a node behind the fetch", "a branch", "the output", "two nodes"])
+def test_large_weights_may_be_read_by(place: str) -> None:
+    """Sessions share weights over 1 KiB by name, and ONNX Runtime must still know the name by then."""
+    bodies = {
+        "nobody": "y = Neg(x)",
+        "a dead node": "d = MatMul(x, w)  y = Neg(x)",
+        "a node behind the fetch": "y = Neg(x)  z = MatMul(y, w)",
+        "a branch": "y = If(c) <then_branch = l () => (float[n, 64] p) { p = MatMul(x, w) }, else_branch = r () => (float[n, 64] q) { q = Neg(x) }>",
+        "the output": "y = Neg(x)",
+        "two nodes": "d = MatMul(x, w)  e = MatMul(d, w)  y = Sub(e, e)",
+    }
+    outputs = "float[n, 64] y, float[64, 64] w" if place == "the output" else "float[n, 64] y"
+    model = ir.from_onnx_text(f"{HEAD}\nm (float[n, 64] x, bool c) => ({outputs})\n<float[64, 64] w = {{{', '.join(map(str, range(4096)))}}}>\n"
+                              f"{{ {bodies[place]} }}")  # fmt: skip
+    x = RNG.standard_normal((2, 64)).astype(np.float32)
+    for fetches in (None, [Fetch("y"), Fetch("w", "extrema")], [Fetch("y", "extrema"), Fetch("w")]):
+        found = Executor(model, fetches).run({"x": x, "c": np.array(True)})
+        expected = x @ LARGE if place == "a branch" else x - x if place == "two nodes" else -x
+        wanted = [expected.min(), expected.max()] if fetches and fetches[0].view == "extrema" else expected
+        np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-2)
+        if len(found) > 1:
+            np.testing.assert_array_equal(found[1], [0, 4095] if fetches and fetches[1].view == "extrema" else LARGE)
