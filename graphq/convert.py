@@ -144,6 +144,7 @@ def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accur
         reference = Executor(original, deployed=deployed)
         comparison = verify.compare(reference, result, ctx.held_out, names)
     except ModelError as error:
+        list(Executor(original, deployed=deployed).stream(ctx.held_out.batches(1)))  # raises if the fault is the original's
         raise _aside(VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out) from error
     except VerifyError as error:
         raise _aside(error, ctx.model, out) from error

@@ -63,7 +63,7 @@ class Executor:
         else:
             proto, weights = ir.segment_proto(model, nodes, feeds or {})
         values = {} if all(fetch.view == "whole" for fetch in self.fetches) else ir.values_by_name(model.graph)
-        _add_views(proto, self.fetches, {fetch.value: values[fetch.value] for fetch in self.fetches if fetch.view != "whole"})
+        _add_views(proto, self.fetches, {fetch.value: values.get(fetch.value) for fetch in self.fetches if fetch.view != "whole"})
         self.threads = threads or os.cpu_count() or 1
         self._session = _session(proto, weights, deployed=deployed, threads=threads, optimized_path=optimized_path)
         self._names = [entry.name for entry in self._session.get_inputs()]
@@ -120,7 +120,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping[str, ir.Value]) -> None:
+def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping[str, ir.Value | None]) -> None:
     """Make the fetches the outputs of the graph, reduced where a view asks for it."""
     graph = proto.graph
     declared = {entry.name: entry for entry in [*graph.output, *graph.input, *graph.value_info]}

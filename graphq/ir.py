@@ -99,8 +99,8 @@ def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, folder, where)
         elif tensor.HasField("raw_data") and len(tensor.raw_data) != _declared_bytes(tensor):
-            raise ModelError("A tensor's data does not fit its shape.", where=where,
-                             expected=f"{_declared_bytes(tensor)} bytes, it has {len(tensor.raw_data)}", hint="export the model again")  # fmt: skip
+            expected = f"{_declared_bytes(tensor)} bytes, it has {len(tensor.raw_data)}"
+            raise ModelError("A tensor's data does not fit its shape.", where=where, expected=expected, hint="export the model again")
 
 
 def _check_external(tensor: onnx.TensorProto, folder: Path, where: str) -> None:
@@ -117,8 +117,10 @@ def _check_external(tensor: onnx.TensorProto, folder: Path, where: str) -> None:
     declared = _declared_bytes(tensor)
     offset, length = (entry.get(key) or default for key, default in (("offset", "0"), ("length", str(declared))))
     if not (offset.isdecimal() and length.isdecimal() and int(length) == declared):
-        raise ModelError("The place of a tensor in its external data file makes no sense.", where=f"{where}: offset {offset}, length {length}",
-                         expected=f"numbers, and a length of {declared}, as its shape says", hint="export the model again")  # fmt: skip
+        raise ModelError(
+            "The place of a tensor in its external data file makes no sense.", where=f"{where}: offset {offset}, length {length}",
+            expected=f"numbers, and a length of {declared}, as its shape says", hint="export the model again",
+        )  # fmt: skip
     if file.stat().st_size < int(offset) + declared:
         raise ModelError("The model's external data file is cut off.", where=where,
                          expected=f"{file.name} of at least {int(offset) + declared} bytes, it has {file.stat().st_size}",

@@ -64,6 +64,19 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     return qparams
 
 
+def insert_lookup(edit: Editor, node: ir.Node, codes: np.ndarray, qparams: QParams, spec: QuantSpec) -> None:
+    """Let a Gather read `codes` instead of its float table, and dequantize the rows it returns (per tensor)."""
+    name, out = node.inputs[0].name or "table", node.outputs[0]  # type: ignore[union-attr]
+    readers = [(use.node, use.idx) for use in out.uses()]
+    edit.rewire(node, 0, edit.initializer(f"{name}_quantized", codes, spec.storage))
+    result = edit.insert(node, "DequantizeLinear", [out, *_qparam_values(edit, name, qparams, spec)], output=f"{out.name}_dequantized", like=out, after=True)
+    out.type = ir.tensor_type(spec.storage)
+    for reader, index in readers:
+        edit.rewire(reader, index, result)
+    if out.is_graph_output():
+        edit.replace_output(out, result)
+
+
 def insert_bias(edit: Editor, node: ir.Node, activation: QParams, weight: QParams) -> None:
     """Store the constant bias of a Conv or Gemm as INT32 codes of scale `activation.scale * weight.scale`, axis 0."""
     index = linear.LINEAR_OPS[node.op_type].bias

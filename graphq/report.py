@@ -295,6 +295,7 @@ def embed(model: ir.Model, report: Report) -> None:
         created="",
         command=None,
         latency=None,
+        gates=tuple(gate for gate in report.gates if gate.name != "min_speedup"),
         seconds={},
         passes=tuple(replace(record, seconds=0.0) for record in report.passes),
         model=replace(report.model, path=Path(report.model.path).name),

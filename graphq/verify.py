@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,14 +53,23 @@ def compare(reference: Executor, result: Executor, data: CalibrationSet, names: 
     """
     sums = [_Sums() for _ in names]
     for batch in data.batches(BATCH):
-        for entry, name, a, b in zip(sums, names, reference.run(batch), result.run(batch), strict=True):
-            if a.shape != b.shape:
-                raise VerifyError(f"Output {name!r} changed its shape.", expected=str(a.shape), where=str(b.shape))
-            if a.dtype.kind == "f" and not np.isfinite(b[np.isfinite(a)]).all():
-                what = f"Output {name!r} holds NaN or infinity where the reference does not."
-                raise VerifyError(what, hint="`graphq compare` shows where")
-            entry.add(a, b)
+        for entry, name, before, after in zip(sums, names, reference.run(batch), result.run(batch), strict=True):
+            for a, b in _pairs(before, after, name):
+                if a.shape != b.shape:
+                    raise VerifyError(f"Output {name!r} changed its shape.", expected=str(a.shape), where=str(b.shape))
+                if a.dtype.kind == "f" and not np.isfinite(b[np.isfinite(a)]).all():
+                    what = f"Output {name!r} holds NaN or infinity where the reference does not."
+                    raise VerifyError(what, hint="`graphq compare` shows where")
+                entry.add(a, b)
     return tuple(entry.result(name) for name, entry in zip(names, sums, strict=True))
+
+
+def _pairs(before: Any, after: Any, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The tensors of one output of both models: itself, or the elements of a sequence; nothing for an absent optional."""
+    one, other = ([] if value is None else value if isinstance(value, list) else [value] for value in (before, after))
+    if len(one) != len(other):
+        raise VerifyError(f"Output {name!r} changed its length.", expected=f"{len(one)} elements", where=f"{len(other)} elements")
+    return [(np.asarray(a), np.asarray(b)) for a, b in zip(one, other, strict=True)]
 
 
 class _Sums:
@@ -71,7 +81,9 @@ class _Sums:
         self.classes = False
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        rows = len(a) if a.ndim else 1
+        rows = len(a) if a.ndim and a.size else 1
+        if a.dtype.kind in "OSU":  # strings are the same or not
+            a, b = np.zeros(a.shape), a != b
         a, b = (np.asarray(part, np.float64).reshape(rows, -1) for part in (a, b))
         if a.shape[1] > 1:
             self.classes = True
@@ -115,8 +127,9 @@ def measure_latency(reference: Executor, result: Executor, feeds: Feeds, *, enou
 
 def require_same_interface(reference: ir.Model, model: ir.Model) -> None:
     """Raises VerifyError if inputs changed their names, order, types or shapes, or outputs their names or order."""
-    rows = [("inputs", *([f"{entry.name} {entry.dtype}{list(entry.shape or ())}" for entry in ir.inputs(one)] for one in (reference, model))),
-            ("outputs", *([value.name for value in one.graph.outputs] for one in (reference, model)))]  # fmt: skip
-    for what, before, after in rows:
+    both = (reference, model)
+    inputs = [[f"{entry.name} {entry.dtype}{list(entry.shape or ())}" for entry in ir.inputs(one)] for one in both]
+    outputs = [[value.name for value in one.graph.outputs] for one in both]
+    for what, (before, after) in (("inputs", inputs), ("outputs", outputs)):
         if before != after:
             raise VerifyError(f"The model's {what} changed.", expected=str(before), where=str(after))

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq, ranges
 from graphq.errors import TargetError
-from graphq.passes import _bias, _center, _layer_error, _placement
+from graphq.passes import _bias, _center, _layer_error, _placement, _tables
 from graphq.passes._layer_error import LayerError
 from graphq.passes._placement import Placement
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -43,6 +43,7 @@ class InsertQdq(Pass):
         float_budget: Share of the multiply-adds that may stay float for that reason; the worst layers go first.
         error_samples: Calibration samples for measuring layer errors; 0 measures nothing.
         correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721).
+        tables: Whether to quantize large embedding tables.
         center: Whether to shift one-sided activations to the middle of a symmetric range, for targets without zero points.
     """
 
@@ -57,6 +58,7 @@ class InsertQdq(Pass):
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     error_samples: Annotated[int, Field(ge=0)] = 4
     correct_bias: bool = True
+    tables: bool = True
     center: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
@@ -76,6 +78,8 @@ class InsertQdq(Pass):
         if self.correct_bias:
             _correct(plan, errors, ctx)
         self._insert(plan, formats, ctx)
+        for node in list(_tables.lookups(model)) if self.tables else []:
+            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight))
         ctx.edit.prune()
 
     def _formats(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Format]:

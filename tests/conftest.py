@@ -1,6 +1,8 @@
-"""Says in one line what to do when graphq is not installed, since every test would fail for that reason."""
+"""Says in one line what to do when graphq is not installed, since every test would fail for that reason; prints counts."""
 
 import importlib.util
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -8,3 +10,17 @@ import pytest
 def pytest_configure() -> None:
     if importlib.util.find_spec("graphq") is None or importlib.util.find_spec("graphq.passes") is None:
         raise pytest.UsageError("graphq.passes cannot be imported: run `make test`, or `pip install -e .` first")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests recorded as the property `counts` (title, {what: how many}), added up over tests and workers."""
+    totals: dict[str, Counter[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+                if name == "counts":
+                    totals.setdefault(value[0], Counter()).update(value[1])
+    for title, counts in totals.items():
+        terminalreporter.section(title)
+        for what, count in sorted(counts.items()):
+            terminalreporter.write_line(f"{count:5d}  {what}")

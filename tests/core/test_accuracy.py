@@ -36,7 +36,9 @@ def test_top1_equals_numpy() -> None:
     labels = np.random.default_rng(1).integers(0, 4, COUNT)
     found = accuracy.compare(executor("Identity"), executor("Neg"), Labelled(open_calibration(X, INPUTS), labels))
     assert found.metric == "top1" and found.samples == COUNT
-    assert found.reference == pytest.approx((X.argmax(1) == labels).mean()) and found.result == pytest.approx((X.argmin(1) == labels).mean())
+    assert found.reference == pytest.approx((X.argmax(1) == labels).mean()) and found.result == pytest.approx(
+        (X.argmin(1) == labels).mean()
+    )
     right = accuracy.compare(executor("Identity"), executor("Neg"), Labelled(open_calibration(X, INPUTS), X.argmax(1)))
     assert (right.reference, right.result) == (1.0, 0.0)
 

@@ -118,7 +118,9 @@ def test_set_weight_of_another_shape() -> None:
 def test_set_weight_keeps_the_element_type(kind: type) -> None:
     model = ir.from_onnx_text(f"{HEAD}\nm (float16[n, 2] x) => (float16[n, 2] y) {{ y = Identity(x) }}")
     edit = Editor(model)
-    node = edit.insert(model.graph[0], "MatMul", [model.graph.inputs[0], edit.initializer("w", np.eye(2).astype(kind))], output="a").producer()
+    node = edit.insert(
+        model.graph[0], "MatMul", [model.graph.inputs[0], edit.initializer("w", np.eye(2).astype(kind))], output="a"
+    ).producer()
     assert node is not None
     edit.set_weight(node, 1, np.ones((2, 2), np.float32))
     found = ir.constant(model.graph.initializers["w"])
@@ -227,7 +229,9 @@ m (float[n, 2] x, bool c) => (float[n, 2] y)
 <float[2] k = {{1, 2}}>
 {{
    only_inside = Exp(x)
-   dead = If(c) <then_branch = l () => (float[n, 2] p) {{ p = Add(only_inside, k) }}, else_branch = r () => (float[n, 2] q) {{ q = Neg(x) }}>
+   dead = If(c) <
+      then_branch = l () => (float[n, 2] p) {{ p = Add(only_inside, k) }},
+      else_branch = r () => (float[n, 2] q) {{ q = Neg(x) }}>
    y = Neg(x)
 }}""")
     edit.prune()
@@ -239,7 +243,9 @@ def test_prune_cleans_up_inside_branches() -> None:
 m (float[n, 2] x, bool c) => (float[n, 2] y)
 {{
    unread = Exp(x)
-   y = If(c) <then_branch = l () => (float[n, 2] p) {{ d = Exp(unread)  p = Abs(x) }}, else_branch = r () => (float[n, 2] q) {{ q = Neg(x) }}>
+   y = If(c) <
+      then_branch = l () => (float[n, 2] p) {{ d = Exp(unread)  p = Abs(x) }},
+      else_branch = r () => (float[n, 2] q) {{ q = Neg(x) }}>
 }}""")
     edit.prune()
     assert sorted(node.op_type for node in ir.all_nodes(model)) == ["Abs", "If", "Neg"]
@@ -266,7 +272,9 @@ def test_prune_of_a_long_dead_chain_is_linear(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_raise_opset_converts_operators() -> None:
-    model, edit = opened('<ir_version: 8, opset_import: ["" : 17]>\nm (float[n, 2] x) => (float[n] y) { y = ReduceMax <axes = [1], keepdims = 0> (x) }')
+    model, edit = opened(
+        '<ir_version: 8, opset_import: ["" : 17]>\nm (float[n, 2] x) => (float[n] y) { y = ReduceMax <axes = [1], keepdims = 0> (x) }'
+    )
     edit.raise_opset(21)
     assert ir.opset(model) == 21 and edit.edits == {"opset": 1}
     assert "axes" not in model.graph[len(ops(model)) - 1].attributes

@@ -27,6 +27,11 @@ def view(model: ir.Model, x: np.ndarray, kind: str, value: str = "y") -> np.ndar
     return Executor(model, [Fetch(value, kind)]).run({"x": x})[0]  # type: ignore[arg-type]
 
 
+def span(x: np.ndarray) -> list[float]:
+    """Minimum and maximum, both extended to 0 as the view is."""
+    return [x.min(initial=0), x.max(initial=0)]
+
+
 def weighted(**weights: tuple[np.ndarray, str]) -> ir.Model:
     """A model without nodes: `x` [n, 8] and constants to build on."""
     model = ir.from_onnx_text('<ir_version: 13, opset_import: ["" : 25]>\nm (float[n, 8] x) => (float[n, 6] y) { y = Neg(x) }')
@@ -44,20 +49,40 @@ def test_extrema_equal_numpy(shape: tuple[int, ...], value: str) -> None:
     x = RNG.standard_normal(shape).astype(np.float32)
     model = identity(", ".join(["n", *map(str, shape[1:])]))
     found = view(model, x, "extrema", value)
-    assert found.dtype == np.float32 and found.tolist() == [x.min(), x.max()]
+    assert found.dtype == np.float32 and found.tolist() == span(x)
+
+
+@pytest.mark.parametrize(
+    "op", ["Relu(x)", "Clip(x, zero, six)", "Clip(x, one)", "Sigmoid(x)", "Clip(x, minus, six)", "Clip(x, , six)", "Neg(x)"]
+)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 2), (0, 3, 4, 5)])
+def test_extrema_behind_activations(op: str, shape: tuple[int, ...]) -> None:
+    """Those that are never negative are pooled instead of reduced."""
+    dims = ", ".join(["n", *map(str, shape[1:])])
+    model = ir.from_onnx_text(f"{HEAD}\nm (float[{dims}] x) => (float[{dims}] y)\n"
+                              f"<float zero = {{0}}, float one = {{1}}, float six = {{6}}, float minus = {{-1}}>\n"
+                              f"{{ a = {op}  y = Neg(a) }}")  # fmt: skip
+    edit_shape(model)
+    x = (4 * RNG.standard_normal(shape)).astype(np.float32)
+    assert view(model, x, "extrema", "a").tolist() == span(Executor(model, [Fetch("a")]).run({"x": x})[0])
+
+
+def edit_shape(model: ir.Model) -> None:
+    """What shape inference would do: the first node's output is like its input."""
+    model.graph[0].outputs[0].shape, model.graph[0].outputs[0].type = model.graph.inputs[0].shape, model.graph.inputs[0].type
 
 
 @pytest.mark.parametrize("view_kind", ["whole", "extrema", "sample"])
 def test_constants_can_be_looked_at(view_kind: str) -> None:
     found = view(identity("n"), np.zeros(1, np.float32), view_kind, "w")
-    assert found.reshape(-1).tolist() == ([1, 3] if view_kind == "extrema" else [3, 1, 2])
+    assert found.reshape(-1).tolist() == ([0, 3] if view_kind == "extrema" else [3, 1, 2])
 
 
 @pytest.mark.parametrize("view_kind", ["extrema", "sample"])
 def test_scalars(view_kind: str) -> None:
     model = ir.from_onnx_text(f"{HEAD}\nm (float[n] x) => (float y) {{ y = ReduceSum <keepdims = 0> (x) }}")
     found = view(model, np.float32([1, 2]), view_kind)
-    assert found.reshape(-1).tolist() == ([3, 3] if view_kind == "extrema" else [3])
+    assert found.reshape(-1).tolist() == ([0, 3] if view_kind == "extrema" else [3])
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 64, 16, 16), (2, 3, 128, 128), (2, 4096, 6), (1, 8192), (2, 32, 33, 35)])
@@ -71,7 +96,9 @@ def test_a_sample_is_a_stride_of_each_row(shape: tuple[int, ...]) -> None:
     assert found.shape[1] <= max(SAMPLE_SIZE * 2, 1) and found.shape[1] >= min(math.prod(shape[1:]), SAMPLE_SIZE // 4)
 
 
-@pytest.mark.parametrize("shape", [("n", 64, 56, 56), ("n", 56, 56, 64), ("n", 197, 768), ("n", 96, 112, 112), (1, 1024, 7, 7), ("n", 12, 197, 197)])
+@pytest.mark.parametrize(
+    "shape", [("n", 64, 56, 56), ("n", 56, 56, 64), ("n", 197, 768), ("n", 96, 112, 112), (1, 1024, 7, 7), ("n", 12, 197, 197)]
+)
 def test_a_sample_takes_every_index_of_every_axis(shape: tuple[int | str, ...]) -> None:
     dims = [dim for dim in shape[1:] if isinstance(dim, int)]
     step = sample_step(shape)
@@ -98,11 +125,12 @@ def test_tensors_of_no_elements(shape: str, dims: tuple[int, ...]) -> None:
     x = np.zeros(dims, np.float32)
     model = identity(shape)
     assert view(model, x, "whole").shape == dims
-    assert view(model, x, "extrema").tolist() == [np.inf, -np.inf]
+    assert view(model, x, "extrema").tolist() == [0, 0]
     assert view(model, x, "sample").size == 0
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("int64", np.int64), ("int32", np.int32), ("bool", np.bool_), ("float16", np.float16), ("double", np.float64),
+@pytest.mark.parametrize(("kind", "dtype"), [("int64", np.int64), ("int32", np.int32), ("bool", np.bool_), ("float16", np.float16),
+                                             ("double", np.float64),
                                              ("uint8", np.uint8)])  # fmt: skip
 def test_other_element_types_pass_through(kind: str, dtype: type) -> None:
     x = RNG.integers(0, 2, (2, 3)).astype(dtype)
@@ -115,7 +143,7 @@ def test_views_beside_each_other_in_the_asked_order() -> None:
     x = RNG.standard_normal((2, 3)).astype(np.float32)
     fetches = [Fetch("y", "extrema"), Fetch("x"), Fetch("y"), Fetch("y", "sample"), Fetch("w"), Fetch("x", "extrema")]
     extrema, whole_x, y, sample, w, low_high = Executor(identity("n, 3"), fetches).run({"x": x})
-    assert extrema.tolist() == low_high.tolist() == [x.min(), x.max()]
+    assert extrema.tolist() == low_high.tolist() == span(x)
     for found in (whole_x, y, sample):
         np.testing.assert_array_equal(found, x)
     assert w.tolist() == [3, 1, 2]
@@ -164,7 +192,9 @@ def test_two_segments_equal_one_run(cut: int) -> None:
     names = [node.outputs[0].name or "" for node in nodes]
     whole = dict(zip(names, Executor(model, [Fetch(name) for name in names]).run({"x": x}), strict=True))
     kinds = {name: np.dtype(np.float32) for name in ["x", *names]}
-    first = dict(zip(names, Executor(model, [Fetch(name) for name in names[:cut]], nodes=nodes[:cut], feeds=kinds).run({"x": x}), strict=False))
+    first = dict(
+        zip(names, Executor(model, [Fetch(name) for name in names[:cut]], nodes=nodes[:cut], feeds=kinds).run({"x": x}), strict=False)
+    )
     second = Executor(model, [Fetch(name) for name in names[cut:]], nodes=nodes[cut:], feeds=kinds).run({"x": x, **first})
     for name, found in [*first.items(), *zip(names[cut:], second, strict=True)]:
         np.testing.assert_array_equal(found, whole[name], err_msg=name)
@@ -174,7 +204,7 @@ def test_a_segment_shares_its_feeds_by_view() -> None:
     model = ir.from_onnx_text(SEGMENTED)
     d = RNG.standard_normal((3, 4)).astype(np.float32)
     found = Executor(model, [Fetch("d", "extrema"), Fetch("e")], nodes=[model.graph[3]], feeds={"d": d.dtype}).run({"d": d})
-    assert found[0].tolist() == [d.min(), d.max()]
+    assert found[0].tolist() == span(d)
     np.testing.assert_array_equal(found[1], d + np.float32([1, -1, 2, -2]))
 
 
@@ -190,7 +220,9 @@ def test_missing_and_wrong_feeds_are_named() -> None:
 
 
 def test_a_model_that_cannot_be_loaded() -> None:
-    unknown = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21, "custom" : 1]>\nm (float[n] x) => (float[n] y) { y = custom.Thing(x) }')
+    unknown = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21, "custom" : 1]>\nm (float[n] x) => (float[n] y) { y = custom.Thing(x) }'
+    )
     with pytest.raises(ModelError, match="(?s)cannot load the model.*Thing"):
         Executor(unknown)
 
@@ -211,7 +243,9 @@ def quantized_matmul(storage: str, block: int | None, axis: int | None, activati
     shape = () if axis is None else (6,) if block is None else (8 // block, 6)
     scale = np.random.default_rng(6).uniform(0.01, 0.1, shape).astype(np.float32)
     zero = np.random.default_rng(7).integers(info.min, int(info.max) + 1, shape)
-    model = weighted(q=(codes, storage), s=(scale, "float32"), z=(zero, storage), xs=(np.float32(0.02), "float32"), xz=(np.uint8(100), "uint8"))
+    model = weighted(
+        q=(codes, storage), s=(scale, "float32"), z=(zero, storage), xs=(np.float32(0.02), "float32"), xz=(np.uint8(100), "uint8")
+    )
     edit, values, anchor = Editor(model), model.graph.initializers, model.graph[0]
     attributes = {} if axis is None else {"axis": 0 if block else 1, **({"block_size": block} if block else {})}
     weight = edit.insert(anchor, "DequantizeLinear", [values["q"], values["s"], values["z"]], output="w", attributes=attributes)
@@ -279,18 +313,20 @@ def test_large_weights_may_be_read_by(place: str) -> None:
         "nobody": "y = Neg(x)",
         "a dead node": "d = MatMul(x, w)  y = Neg(x)",
         "a node behind the fetch": "y = Neg(x)  z = MatMul(y, w)",
-        "a branch": "y = If(c) <then_branch = l () => (float[n, 64] p) { p = MatMul(x, w) }, else_branch = r () => (float[n, 64] q) { q = Neg(x) }>",
+        "a branch": "y = If(c) <then_branch = l () => (float[n, 64] p) { p = MatMul(x, w) }, "
+        "else_branch = r () => (float[n, 64] q) { q = Neg(x) }>",
         "the output": "y = Neg(x)",
         "two nodes": "d = MatMul(x, w)  e = MatMul(d, w)  y = Sub(e, e)",
     }
     outputs = "float[n, 64] y, float[64, 64] w" if place == "the output" else "float[n, 64] y"
-    model = ir.from_onnx_text(f"{HEAD}\nm (float[n, 64] x, bool c) => ({outputs})\n<float[64, 64] w = {{{', '.join(map(str, range(4096)))}}}>\n"
+    model = ir.from_onnx_text(f"{HEAD}\nm (float[n, 64] x, bool c) => ({outputs})\n"
+                              f"<float[64, 64] w = {{{', '.join(map(str, range(4096)))}}}>\n"
                               f"{{ {bodies[place]} }}")  # fmt: skip
     x = RNG.standard_normal((2, 64)).astype(np.float32)
     for fetches in (None, [Fetch("y"), Fetch("w", "extrema")], [Fetch("y", "extrema"), Fetch("w")]):
         found = Executor(model, fetches).run({"x": x, "c": np.array(True)})
         expected = x @ LARGE if place == "a branch" else x - x if place == "two nodes" else -x
-        wanted = [expected.min(), expected.max()] if fetches and fetches[0].view == "extrema" else expected
+        wanted = span(expected) if fetches and fetches[0].view == "extrema" else expected
         np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-2)
         if len(found) > 1:
             np.testing.assert_array_equal(found[1], [0, 4095] if fetches and fetches[1].view == "extrema" else LARGE)

@@ -122,9 +122,12 @@ def test_external_data_is_checked_wherever_it_is(tmp_path: Path, where: str) -> 
     inside = helper.make_graph([constant], "inside", [], [helper.make_tensor_value_info("k", 1, [2])])
     nodes = {"initializer": helper.make_node("Identity", ["t"], ["y"]), "constant": helper.make_node("Constant", [], ["y"], value=tensor),
              "subgraph": helper.make_node("If", ["c"], ["y"], then_branch=inside, else_branch=inside)}  # fmt: skip
-    graph = helper.make_graph([nodes[where]], "g", [helper.make_tensor_value_info("c", 9, [])], [helper.make_tensor_value_info("y", 1, [2])],
+    flag, result = helper.make_tensor_value_info("c", 9, []), helper.make_tensor_value_info("y", 1, [2])
+    graph = helper.make_graph([nodes[where]], "g", [flag], [result],
                               initializer=[tensor] if where == "initializer" else [])  # fmt: skip
-    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]).SerializeToString())
+    (tmp_path / "m.onnx").write_bytes(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]).SerializeToString()
+    )
     with pytest.raises(ModelError, match=r"(?s)data file is missing.*tensor 't'.*absent\.bin"):
         ir.load(tmp_path / "m.onnx")
 
@@ -192,7 +195,7 @@ def test_external_data_is_read(tmp_path: Path) -> None:
     [("int4", ml_dtypes.int4), ("uint4", ml_dtypes.uint4), ("int2", ml_dtypes.int2), ("uint2", ml_dtypes.uint2), ("int8", np.int8)],
 )
 def test_narrow_integers_survive_a_file(tmp_path: Path, storage: str, kind: type) -> None:
-    model = ir.from_onnx_text(f'<ir_version: 13, opset_import: ["" : 25]>\nm (float[n] x) => (float[n] y) {{ y = Relu(x) }}')
+    model = ir.from_onnx_text('<ir_version: 13, opset_import: ["" : 25]>\nm (float[n] x) => (float[n] y) { y = Relu(x) }')
     low, high = int(ml_dtypes.iinfo(kind).min), int(ml_dtypes.iinfo(kind).max)
     codes = np.arange(low, high + 1).astype(np.int8 if low else np.uint8).repeat(3)[:-1].reshape(1, -1)  # an odd count
     Editor(model).initializer("q", codes, storage)
@@ -250,7 +253,9 @@ def test_a_segment_runs_like_the_whole(flag: bool) -> None:
     proto, arrays = ir.segment_proto(model, [node], {name: array.dtype for name, array in feeds.items()})
     assert [entry.name for entry in proto.graph.input] == ["c", "a", "b"] and not arrays
     assert [entry.name for entry in proto.graph.initializer] == ["k"]
-    np.testing.assert_array_equal(Executor(model, [Fetch("y")], nodes=[node], feeds={n: f.dtype for n, f in feeds.items()}).run(feeds)[0], y)
+    np.testing.assert_array_equal(
+        Executor(model, [Fetch("y")], nodes=[node], feeds={n: f.dtype for n, f in feeds.items()}).run(feeds)[0], y
+    )
 
 
 def test_a_segment_shares_large_weights() -> None:
@@ -307,7 +312,9 @@ m (float[n, 3, ?] x, float s) => (float[n] y)
 
 
 def test_inputs_leave_initializers_out() -> None:
-    model = ir.from_onnx_text(f"{HEAD}\nm (float16[n, 2] x, int64[3] i, float[2] w) => (float[2] y)\n<float[2] w = {{1, 2}}> {{ y = Relu(w) }}")
+    model = ir.from_onnx_text(
+        f"{HEAD}\nm (float16[n, 2] x, int64[3] i, float[2] w) => (float[2] y)\n<float[2] w = {{1, 2}}> {{ y = Relu(w) }}"
+    )
     found = ir.inputs(model)
     assert [(entry.name, entry.dtype, entry.shape) for entry in found] == [("x", np.float16, ("n", 2)), ("i", np.int64, (3,))]
 

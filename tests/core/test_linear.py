@@ -20,7 +20,9 @@ CASES = {
 }
 
 
-def layer(op: str, attributes: dict[str, int], shape: str, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> tuple[ir.Model, ir.Node]:
+def layer(
+    op: str, attributes: dict[str, int], shape: str, weight: tuple[int, ...], bias: tuple[int, ...] | None
+) -> tuple[ir.Model, ir.Node]:
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]>\nm (float[{shape}] x) => (float y) {{ y = Neg(x) }}')
     edit = Editor(model)
     values = [model.graph.inputs[0], edit.initializer("w", RNG.standard_normal(weight).astype(np.float32))]

@@ -154,7 +154,16 @@ def test_records_say_what_each_pass_did(ctx: PassContext) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"factor": 0.5}, {"times": 2}, {"kinds": ["Gemm"]}, {"limit": 9}, {"mode": "add"}, {"allow_no_effect": True}, {"times": 3, "limit": 0}],
+    [
+        {},
+        {"factor": 0.5},
+        {"times": 2},
+        {"kinds": ["Gemm"]},
+        {"limit": 9},
+        {"mode": "add"},
+        {"allow_no_effect": True},
+        {"times": 3, "limit": 0},
+    ],
 )
 def test_records_hold_the_options_that_differ(ctx: PassContext, options: dict[str, object]) -> None:
     """However the default is declared."""

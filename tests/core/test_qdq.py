@@ -23,7 +23,9 @@ GRANULARITIES: list[Granularity] = [PerTensor(), PerAxis(1), PerAxis(0), PerGrou
 
 def matmul(width: int = 6, depth: int = 8) -> tuple[ir.Model, Editor, ir.Node]:
     """y = x w, with a random weight [depth, width]; opset 25, which knows all widths."""
-    model = ir.from_onnx_text(f'<ir_version: 13, opset_import: ["" : 25]>\nm (float[n, {depth}] x) => (float[n, {width}] y) {{ y = Neg(x) }}')
+    model = ir.from_onnx_text(
+        f'<ir_version: 13, opset_import: ["" : 25]>\nm (float[n, {depth}] x) => (float[n, {width}] y) {{ y = Neg(x) }}'
+    )
     edit = Editor(model)
     weight = RNG.standard_normal((depth, width)).astype(np.float32)
     value = edit.insert(None, "MatMul", [model.graph.inputs[0], edit.initializer("w", weight)], output="a", like=model.graph.outputs[0])
@@ -220,7 +222,11 @@ def test_dead_channels_are_widened_until_the_bias_fits(granularity: Granularity)
 
 
 def test_a_bias_of_zero_on_a_dead_channel_stays_zero() -> None:
-    weight, activation, bias = QParams(np.full(6, MIN_SCALE, np.float32), np.zeros(6, np.int32)), QParams(np.float32(1e-9), np.int32(0)), np.zeros(6, np.float32)
+    weight, activation, bias = (
+        QParams(np.full(6, MIN_SCALE, np.float32), np.zeros(6, np.int32)),
+        QParams(np.float32(1e-9), np.int32(0)),
+        np.zeros(6, np.float32),
+    )
     widened = qdq.widen_for_bias(weight, activation, bias)
     model, edit, node = conv(bias)
     qdq.insert_bias(edit, node, activation, widened)

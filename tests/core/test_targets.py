@@ -25,7 +25,9 @@ EVERY = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
 def dequantized(storage: str, zero: int = 0, opset: int = 21, ir_version: int = 10) -> ir.Model:
     """A constant behind a DequantizeLinear, and a QDQ pair of the same type on the input."""
-    model = ir.from_onnx_text(f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\nm (float[n, 4] x) => (float[n, 4] y) {{ y = Neg(x) }}')
+    model = ir.from_onnx_text(
+        f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\nm (float[n, 4] x) => (float[n, 4] y) {{ y = Neg(x) }}'
+    )
     edit, anchor = Editor(model), model.graph[0]
     scale, point = edit.initializer("s", np.float32(0.5)), edit.initializer("z", np.asarray(zero), storage)
     weight = edit.insert(anchor, "DequantizeLinear", [edit.initializer("q", np.ones((1, 4)), storage), scale, point], output="w")
@@ -92,8 +94,9 @@ def test_quantize_linear_counts_as_well() -> None:
     model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21]>\nm (float[n, 4] x) => (float[n, 4] y) { y = Neg(x) }')
     spec = QuantSpec(8, signed=False, symmetric=False)
     qdq.insert_pair(Editor(model), model.graph.inputs[0], QParams(np.float32(1), np.int32(7)), spec, [(model.graph[0], 0)])
-    assert rules(model, get_target("tensorrt")) == ["tensorrt does not take uint8 in QuantizeLinear", "tensorrt refuses zero points other than 0",
-                                                    "tensorrt does not take uint8 in DequantizeLinear", "tensorrt refuses zero points other than 0"]  # fmt: skip
+    zero = "tensorrt refuses zero points other than 0"
+    both = [[f"tensorrt does not take uint8 in {op}", zero] for op in ("QuantizeLinear", "DequantizeLinear")]
+    assert rules(model, get_target("tensorrt")) == both[0] + both[1]
     assert rules(model, get_target("onnxruntime")) == []
 
 
@@ -117,7 +120,8 @@ def test_violations_inside_branches_and_functions_are_found() -> None:
 m (float[n, 2] x, bool c) => (float[n, 2] y)
 <int8 q = {1}, float s = {1}, int8 z = {1}>
 {
-   a = If(c) <then_branch = l () => (float p) { p = DequantizeLinear(q, s, z) }, else_branch = r () => (float r) { r = DequantizeLinear(q, s) }>
+   a = If(c) <then_branch = l () => (float p) { p = DequantizeLinear(q, s, z) },
+              else_branch = r () => (float r) { r = DequantizeLinear(q, s) }>
    b = Add(a, x)
    y = local.Twice(b)
 }
@@ -151,7 +155,9 @@ def test_newer_ones_are_refused(opset: int, version: int) -> None:
         Executor(relu(opset, version))
 
 
-@pytest.mark.parametrize(("storage", "opset"), [("int8", 21), ("uint8", 21), ("int4", 21), ("uint4", 21), ("int2", 25), ("uint2", 25), ("int32", 21)])
+@pytest.mark.parametrize(
+    ("storage", "opset"), [("int8", 21), ("uint8", 21), ("int4", 21), ("uint4", 21), ("int2", 25), ("uint2", 25), ("int32", 21)]
+)
 def test_stored_types_load(storage: str, opset: int) -> None:
     assert storage in get_target("onnxruntime").storage
     x = RNG.standard_normal((2, 4)).astype(np.float32)
@@ -184,9 +190,15 @@ def test_narrow_floats(kind: str, works: bool) -> None:
 
 def placed(op: str, output: bool, spec: QuantSpec | None = None) -> ir.Model:
     """One linear node with quantized input and weight, and its output quantized or not."""
-    shapes = {"Conv": ("n, 8, 6, 6", (16, 8, 3, 3), "n, 16, 4, 4"), "MatMul": ("n, 4, 8", (8, 16), "n, 4, 16"), "Gemm": ("n, 8", (8, 16), "n, 16")}
+    shapes = {
+        "Conv": ("n, 8, 6, 6", (16, 8, 3, 3), "n, 16, 4, 4"),
+        "MatMul": ("n, 4, 8", (8, 16), "n, 4, 16"),
+        "Gemm": ("n, 8", (8, 16), "n, 16"),
+    }
     before, weight, after = shapes[op]
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]>\nm (float[{before}] x) => (float[{after}] y) {{ a = Neg(x)  y = Sqrt(a) }}')
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 21]>\nm (float[{before}] x) => (float[{after}] y) {{ a = Neg(x)  y = Sqrt(a) }}'
+    )
     edit, (first, last) = Editor(model), list(model.graph)
     values = [first.outputs[0], edit.initializer("w", RNG.standard_normal(weight).astype(np.float32))]
     node = edit.insert(last, op, values, output="product").producer()

@@ -1,0 +1,43 @@
+"""Embedding tables: `Gather(table, ids)` becomes `DequantizeLinear(Gather(codes, ids))`, so that only the rows that are read are converted.
+
+One scale for the whole table, because a row's own scale would have to be looked up as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from graphq import ir, qdq
+from graphq.editor import Editor
+from graphq.quantizers import Uniform
+from graphq.spec import PerTensor, QuantSpec
+
+MIN_ROWS = 1024
+"""Smaller tables (positions, token types) stay float: they hold little, and what they add stays to the end."""
+
+
+def lookups(model: ir.Model) -> Iterator[ir.Node]:
+    """Gather nodes that read rows of a large constant float table."""
+    for node in model.graph:
+        if node.op_type != "Gather" or node.domain or ir.attribute(node, "axis", 0) != 0:
+            continue
+        table = node.inputs[0]
+        shape = ir.shape_of(table)
+        is_table = table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 2
+        if is_table and int(shape[0]) >= MIN_ROWS and ir.constant(node.inputs[1]) is None:  # type: ignore[index,arg-type]
+            yield node
+
+
+def quantize(edit: Editor, node: ir.Node, spec: QuantSpec) -> float:
+    """Quantize the table that `node` reads; returns the SQNR of the table in dB."""
+    spec = replace(spec, granularity=PerTensor())
+    table = ir.constant(node.inputs[0])
+    assert table is not None
+    quantizer = Uniform(spec)
+    qparams = quantizer.fit_weight(table)
+    noise = float(np.sum((table - quantizer.fake_quantize(table, qparams)) ** 2, dtype=np.float64))
+    qdq.insert_lookup(edit, node, quantizer.quantize(table, qparams), qparams, spec)
+    return 10 * float(np.log10(max(float(np.sum(table**2, dtype=np.float64)), 1e-30) / max(noise, 1e-30)))

@@ -1,0 +1,54 @@
+"""Models go through `graphq.convert` to TensorRT-RTX engines. They are built, not run: even loading an engine needs a GPU."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import graphq
+from graphq import ir
+from graphq.models import digits, onnx_path
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
+                                reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")  # fmt: skip
+
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
+RECIPES = ("int8", "int8-weight-only", "int4-weight-only")
+
+
+def to_engine(model: Path, folder: Path, recipe: str, calib: Mapping[str, np.ndarray]) -> bytes:
+    before = model.read_bytes()
+    out = folder / "m.engine"
+    report = graphq.convert(model, out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
+    engine = out.read_bytes()
+    assert engine.startswith(b"vtrt") and report.output.bytes == len(engine)
+    assert report.quantized and model.read_bytes() == before
+    assert list(folder.iterdir()) == [out]
+    return engine
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["digits_vit", "digits_cnn"])
+def test_digits(name: str, recipe: str, tmp_path: Path) -> None:
+    calib = {"input": digits.calibration(32)}
+    # An engine holds compiled code besides its weights, hundreds of kilobytes of it.
+    assert len(to_engine(onnx_path(name), tmp_path, recipe, calib)) > ir.initializer_bytes(ir.load(onnx_path(name))) / 8
+
+
+@pytest.fixture(scope="module")
+def assets() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("assets", ASSETS / "assets.py")
+    if spec is None or spec.loader is None or not (ASSETS / "assets.py").is_file():
+        pytest.skip(f"there are no assets in {ASSETS}")
+    pytest.importorskip("PIL", reason="Pillow is not installed (pip install graphq[images])")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mobilenet_v2_1.0_224", "squeezenet1_1", "minilm_l6_stsb"])
+def test_real_models(name: str, assets: ModuleType, tmp_path: Path) -> None:
+    to_engine(ASSETS / "models" / f"{name}.onnx", tmp_path, "int8", assets.calibration(name, 16))
