@@ -104,7 +104,8 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = optimized_path
-    kept = {name: array for name, array in weights.items() if any(entry.name == name for entry in proto.graph.initializer)}
+    present = {entry.name for entry in proto.graph.initializer}
+    kept = {name: array for name, array in weights.items() if name in present}
     options.add_external_initializers(list(kept), [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in kept.values()])
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -126,8 +127,10 @@ def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping
     declared = {entry.name: entry for entry in [*graph.output, *graph.input, *graph.value_info]}
     fed = {entry.name for entry in graph.input} | {entry.name for entry in graph.initializer}
     del graph.output[:]
+    views: dict[str, list[onnx.NodeProto]] = {}
+    count = len(graph.node)
     for index, fetch in enumerate(fetches):
-        name = f"graphq_view_{index}"
+        name, start = f"graphq_view_{index}", len(graph.node)
         if fetch.view == "whole" and fetch.value not in fed:
             graph.output.append(declared.get(fetch.value) or helper.make_empty_tensor_value_info(fetch.value))
             continue
@@ -135,12 +138,30 @@ def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping
             graph.node.append(helper.make_node("Identity", [fetch.value], [name]))
         elif fetch.view == "extrema":
             _add_extrema(graph, fetch.value, name, _is_cheap(values[fetch.value]))
+        elif fetch.view == "channels":
+            _add_channels(graph, fetch.value, name)
         else:
             _add_sample(graph, fetch.value, name, ir.shape_of(values[fetch.value]))
+        views.setdefault(fetch.value, []).extend(graph.node[start:])
         graph.output.append(helper.make_empty_tensor_value_info(name))
+    _place_views(graph, count, views)
     names = [entry.name for entry in graph.output]
     if len(set(names)) != len(names):
         raise ValueError(f"a value is fetched twice: {names}")
+
+
+def _place_views(graph: onnx.GraphProto, count: int, views: dict[str, list[onnx.NodeProto]]) -> None:
+    """Put the nodes of each view, which follow the graph's `count` own ones, right after the node whose value they reduce.
+
+    At the end of the graph they cost ONNX Runtime time in the square of their number: 12 s for 2,000 of them, here 0.6 s.
+    """
+    nodes = list(graph.node[:count])
+    made = {name for node in nodes for name in node.output}
+    placed = [node for value, added in views.items() if value not in made for node in added]
+    for node in nodes:
+        placed += [node, *(one for name in node.output for one in views.get(name, ()))]
+    del graph.node[:]
+    graph.node.extend(placed)
 
 
 def _add_extrema(graph: onnx.GraphProto, value: str, name: str, cheap: bool) -> None:
@@ -158,6 +179,15 @@ def _add_extrema(graph: onnx.GraphProto, value: str, name: str, cheap: bool) -> 
         graph.node.append(helper.make_node(op, [source], [f"{name}_{part}"], keepdims=0))
         graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", f"{name}_flat"], [f"{name}_{part}_1"]))
     graph.node.append(helper.make_node("Concat", [f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
+
+
+def _add_channels(graph: onnx.GraphProto, value: str, name: str) -> None:
+    """Minima and maxima over all axes but the last, as `[2, C]`."""
+    graph.node.append(helper.make_node("Flatten", [value], [f"{name}_rows"], axis=-1))
+    graph.initializer.append(helper.make_tensor(f"{name}_axis", onnx.TensorProto.INT64, [1], [0]))
+    for op, part in (("ReduceMin", "low"), ("ReduceMax", "high")):
+        graph.node.append(helper.make_node(op, [f"{name}_rows", f"{name}_axis"], [f"{name}_{part}"], keepdims=1))
+    graph.node.append(helper.make_node("Concat", [f"{name}_low", f"{name}_high"], [name], axis=0))
 
 
 def _is_cheap(value: ir.Value | None) -> bool:

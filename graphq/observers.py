@@ -19,7 +19,7 @@ from graphq.errors import DataError
 Array = np.ndarray[Any, np.dtype[Any]]
 Stat = Mapping[str, Array]
 Source = Literal["current", "reference"]
-View = Literal["whole", "extrema", "sample"]
+View = Literal["whole", "extrema", "channels", "sample"]
 
 _CHUNK = 1 << 16  # Elements binned at once, so that the intermediate arrays stay in the cache.
 _BLOCK = 1 << 20  # Elements converted to float64 at once, or a square block if that is more.
@@ -32,6 +32,7 @@ class Tap:
 
     Views: `whole`, the tensor; `extrema`, a float array `[2]` with its minimum and maximum, both extended to 0 by
     the executor (every range contains 0), reduced inside the graph;
+    `channels`, a float array `[2, C]` with the minima and maxima along the last axis, reduced inside the graph;
     `sample`, a float array `[n]` with some thousand elements for each calibration sample.
     """
 
@@ -98,7 +99,7 @@ class ChannelRange:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        return (Tap(self.value, self.source),)
+        return (Tap(self.value, self.source, "channels" if self.axis == -1 else "whole"),)
 
     def init(self) -> Stat:
         return _no_range()

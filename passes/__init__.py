@@ -5,5 +5,6 @@ CATALOG = {
     "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
     "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
     "equalize": "graphq.passes.equalize:Equalize",
+    "migrate": "graphq.passes.migrate:Migrate",
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
 }

@@ -76,7 +76,7 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     rule = target.ops.get(node.op_type) if node.domain == "" else None
     if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
         return ""
-    if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude):
+    if _is_excluded(node, exclude):
         return "excluded by the recipe"
     if rule is None or not rule.anchor:
         return f"{target.name} has no integer kernel for {node.op_type}"
@@ -88,6 +88,10 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     if ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear":  # type: ignore[union-attr]
         return "it is quantized already"
     return linear.linear_refusal(node)
+
+
+def _is_excluded(node: ir.Node, exclude: Sequence[str]) -> bool:
+    return any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude)
 
 
 def fused_output(node: ir.Node, target: Target) -> ir.Value:
@@ -117,7 +121,7 @@ def _flow(model: ir.Model, target: Target, anchor_nodes: Sequence[ir.Node], excl
     quantized, found = {fused_output(node, target) for node in anchor_nodes if target.ops[node.op_type].quantized_output}, list[ir.Node]()
     for node in model.graph:
         rule = target.ops.get(node.op_type) if node.domain == "" else None
-        if rule is None or rule.anchor or node.op_type in exclude:
+        if rule is None or rule.anchor or _is_excluded(node, exclude):
             continue
         if all(value in quantized for value in _operands(node)) and len(node.outputs) == 1 and _operands(node):
             found.append(node)

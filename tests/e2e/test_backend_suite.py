@@ -72,7 +72,8 @@ def attempt(model: Path, out: Path, feeds: Feeds, recipe: Recipe) -> Report | Gr
 
 def reason(error: GraphqError) -> str:
     """What was refused, without names and numbers."""
-    return f"{type(error).__name__}: {re.sub(r'<.*?>|[0-9]+|is .*', '_', re.sub(chr(39) + '.*?' + chr(39), '_', error.what))}"
+    what = re.split("[:;(]", re.sub("'.*?' ?", "", error.what))[0].strip(" .")
+    return f"{type(error).__name__}: {re.sub('[0-9]+', 'N', re.sub(' is [a-z0-9]+ [[].*', ' does not fit', what))}"
 
 
 def normalized(path: Path, out: Path) -> None:
