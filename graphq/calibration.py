@@ -127,10 +127,11 @@ class CalibrationSet:
         return replace(self, stop=stop - held), replace(self, start=stop - held, stop=stop)
 
     def take(self, count: int) -> CalibrationSet:
-        """A view of the first `count` samples, or of all if there are fewer."""
+        """A view of the first `count` samples (rounded up to the model's fixed batch), or of all if there are fewer."""
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
-        return replace(self, stop=min(self.stop, self.start + count))
+        unit = self.fixed_batch or 1
+        return replace(self, stop=min(self.stop, self.start + math.ceil(count / unit) * unit))
 
     @cached_property
     def digest(self) -> str:

@@ -18,9 +18,10 @@ def find(node: ir.Node) -> Slot | None:
         maker = bias.producer()
         if ir.constant(bias) is not None:
             return node, linear.bias_index(node)
-        return (maker, 0) if maker is not None and maker.op_type == "DequantizeLinear" else None
+        is_codes = maker is not None and maker.op_type == "DequantizeLinear" and ir.constant(maker.inputs[0]) is not None
+        return (maker, 0) if is_codes and len(bias.uses()) == 1 and not bias.is_graph_output() else None  # type: ignore[return-value]
     uses = node.outputs[0].uses()
-    if linear.channel_axis(node) == -1 and len(uses) == 1 and uses[0].node.op_type == "Add" and uses[0].node.domain == "":
+    if linear.channel_axis(node) == -1 and len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.op_type == "Add" and uses[0].node.domain == "":
         index = 1 - uses[0].idx
         array = ir.constant(uses[0].node.inputs[index])
         weight = linear.weight_of(node)
@@ -32,14 +33,17 @@ def find(node: ir.Node) -> Slot | None:
 
 def can_shift(node: ir.Node) -> bool:
     """Whether `shift` works on `node`: it has a bias of its own, or an input to put one."""
-    if find(node) is not None:
-        return True
-    return node.op_type in ("Conv", "ConvTranspose", "Gemm") and linear.bias_of(node) is None
+    slot = find(node)
+    if slot is not None:
+        return slot[0].op_type == "Add" or _factor(node) != 0
+    return _factor(node) != 0 and node.op_type in ("Conv", "ConvTranspose", "Gemm") and linear.bias_of(node) is None
 
 
 def shift(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
-    """Add `amount`, float of shape (output channels,), to the bias of `node`; one is made if `can_shift` says so."""
+    """Add `amount`, float of shape (output channels,), to the output of `node` through its bias; one is made if there is none."""
     slot = find(node)
+    if slot is None or slot[0].op_type != "Add":
+        amount = amount / _factor(node)
     if slot is None:
         edit.rewire(node, linear.bias_index(node), edit.initializer(f"{node.name}_bias", amount.astype(np.float32)))
         return
@@ -51,5 +55,13 @@ def shift(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
         assert scale is not None
         codes = old.astype(np.float64) + amount.reshape(old.shape) / scale
         edit.set_weight(holder, index, np.clip(np.rint(codes), -(2**31), 2**31 - 1).astype(np.int32))
-    else:
-        edit.set_weight(holder, index, (old.astype(np.float64) + amount.reshape(-1)).reshape(old.shape).astype(np.float32))
+        return
+    moved = old.astype(np.float64) + amount.reshape(-1)
+    if moved.size == old.size:
+        moved = moved.reshape(old.shape)
+    edit.set_weight(holder, index, moved.astype(np.float32))
+
+
+def _factor(node: ir.Node) -> float:
+    """What a bias input is multiplied by: `beta` of a Gemm."""
+    return float(ir.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0

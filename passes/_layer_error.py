@@ -17,7 +17,6 @@ from graphq.editor import Editor
 from graphq.executor import BATCH, Executor, Fetch
 from graphq.quantizers import QParams
 from graphq.spec import QuantSpec
-from graphq.targets import Target
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LayerError:
     Attributes:
         sqnr_db: Signal over quantization noise.
         work: The layer's share of the multiply-adds, 0 to 1.
-        shift: Mean error of each output channel, float64 of shape (channels,); None if the output's rank is unknown.
+        shift: Mean error of each output channel, float64 of shape (channels,); None if the output's rank is unknown, or 1.
         rows: Positions that the mean was taken over.
     """
 
@@ -37,13 +36,13 @@ class LayerError:
     rows: int
 
 
-def measure(model: ir.Model, anchors: Sequence[ir.Node], formats: Mapping[str, tuple[QuantSpec, QParams]], target: Target,
+def measure(model: ir.Model, anchors: Sequence[ir.Node], formats: Mapping[str, tuple[QuantSpec, QParams]], weight: QuantSpec,
             data: CalibrationSet) -> dict[str, LayerError]:  # fmt: skip
-    """Error of each of `anchors` (by name) with its input (`formats` by value name) and its weight quantized."""
+    """Error of each of `anchors` (by name) with its input (`formats` by value name) and its weight (to `weight`, but for the axis) quantized."""
     probe = ir.clone(model)
     edit = Editor(probe)
     wanted = {node.name for node in anchors}
-    twins = {node.name or "": _add_twin(edit, node, formats, target) for node in list(probe.graph) if node.name in wanted}
+    twins = {node.name or "": _add_twin(edit, node, formats, weight) for node in list(probe.graph) if node.name in wanted}
     fetches = [name for names in twins.values() for name in names]
     executor = Executor(probe, [Fetch(name) for name in fetches])
     totals: dict[str, np.ndarray] = {name: np.zeros(()) for name in fetches}
@@ -63,7 +62,7 @@ def measure(model: ir.Model, anchors: Sequence[ir.Node], formats: Mapping[str, t
     return found
 
 
-def _add_twin(edit: Editor, node: ir.Node, formats: Mapping[str, tuple[QuantSpec, QParams]], target: Target) -> list[str]:
+def _add_twin(edit: Editor, node: ir.Node, formats: Mapping[str, tuple[QuantSpec, QParams]], weight: QuantSpec) -> list[str]:
     """A quantized copy of `node` beside it; returns the names of its noise, power, output size and summed channel error."""
     data, plain = linear.data_of(node), node.outputs[0]
     attributes = {key: entry.value for key, entry in node.attributes.items()}
@@ -72,7 +71,7 @@ def _add_twin(edit: Editor, node: ir.Node, formats: Mapping[str, tuple[QuantSpec
     assert twin is not None
     spec, qparams = formats[data.name or ""]
     qdq.insert_pair(edit, data, qparams, spec, [(twin, linear.data_index(node))])
-    qdq.insert_weight(edit, twin, qdq.spec_for_weight(twin, target.weight))
+    qdq.insert_weight(edit, twin, qdq.spec_for_weight(twin, weight))
     error = edit.insert(twin, "Sub", [out, plain], output=f"{node.name}_error", after=True)
 
     def reduce(op: str, value: ir.Value, part: str, axes: Sequence[int] | None = None) -> str:
@@ -81,7 +80,7 @@ def _add_twin(edit: Editor, node: ir.Node, formats: Mapping[str, tuple[QuantSpec
         return edit.insert(error.producer(), op, operands, output=f"{node.name}_{part}", attributes=attributes, after=True).name or ""
 
     names = [reduce("ReduceSumSquare", error, "noise"), reduce("ReduceSumSquare", plain, "power"), reduce("Size", plain, "size")]
-    if plain.shape is not None:
+    if plain.shape is not None and len(plain.shape) > 1:
         rank = len(plain.shape)
         names.append(reduce("ReduceSum", error, "shift", [axis for axis in range(rank) if axis != linear.channel_axis(node) % rank]))
     return names

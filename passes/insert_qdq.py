@@ -106,7 +106,7 @@ class InsertQdq(Pass):
         if not self.error_samples:
             return {}
         by_name = {value.name or "": entry for value, entry in formats.items()}
-        errors = _layer_error.measure(model, plan.anchors, by_name, ctx.target, ctx.calib.take(self.error_samples))
+        errors = _layer_error.measure(model, plan.anchors, by_name, self._weight_spec(ctx.target), ctx.calib.take(self.error_samples))
         for name, error in errors.items():
             ctx.measure(name, sqnr_db=error.sqnr_db, work=error.work)
         return errors
@@ -116,13 +116,16 @@ class InsertQdq(Pass):
         kept, left = {}, self.float_budget
         for node in sorted((node for node in plan.anchors if node.name in errors), key=lambda node: errors[node.name or ""].sqnr_db):
             error = errors[node.name or ""]
-            if error.sqnr_db < self.min_sqnr_db and error.work <= left:
+            if error.sqnr_db < self.min_sqnr_db and error.work <= left + 1e-9:
                 left -= error.work
                 kept[node] = f"kept float: its own error of {error.sqnr_db:.1f} dB is worse than {self.min_sqnr_db:g} dB"
         return kept
 
+    def _weight_spec(self, target: Target) -> QuantSpec:
+        return target.weight if self.per_channel else replace(target.weight, granularity=PerTensor())
+
     def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> None:
-        weight_spec = ctx.target.weight if self.per_channel else replace(ctx.target.weight, granularity=PerTensor())
+        weight_spec = self._weight_spec(ctx.target)
         for node in plan.anchors:
             (activation_spec, activation), spec = formats[linear.data_of(node)], qdq.spec_for_weight(node, weight_spec)
             weight = ir.constant(linear.weight_of(node))

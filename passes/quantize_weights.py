@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
@@ -24,6 +23,7 @@ class QuantizeWeights(Pass):
     Attributes:
         bits: Width of a weight.
         group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel.
+        fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped; 0 leaves them float.
         op_types: Operator types to take.
         exclude: Patterns of node names that stay float.
     """
@@ -32,44 +32,60 @@ class QuantizeWeights(Pass):
 
     bits: Literal[2, 4, 8] = 8
     group_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    fallback_bits: Literal[0, 8] = 0
     op_types: tuple[str, ...] = tuple(linear.LINEAR_OPS)
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
-        spec = QuantSpec(self.bits, signed=True, symmetric=True, granularity=PerAxis(0))
-        if spec.storage not in target.storage:
-            raise TargetError(f"{target.name} does not take {spec.storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
+        if (storage := _spec(self.bits).storage) not in target.storage:
+            raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
                               expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
+        reasons = [self._format(node) for node in self._nodes(model)]
+        if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
+            raise TargetError(
+                "There is no weight to quantize.", where="; ".join(sorted({str(reason) for reason in reasons})[:3]),
+                expected=f"at least one {', '.join(self.op_types)} with a constant float32 weight", hint="`graphq inspect` lists the nodes with reasons",
+            )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        spec = QuantSpec(self.bits, signed=True, symmetric=True, granularity=PerAxis(0))
-        ctx.edit.raise_opset(replace(spec, granularity=PerAxis(0)).opset if not self.group_size else max(spec.opset, 21))
-        for node in list(ir.all_nodes(model)):
-            if node.domain != "" or node.op_type not in self.op_types or node.graph is not model.graph:
-                continue
-            reason = self._refusal(node)
-            if reason:
-                ctx.skip(node, reason)
+        ctx.edit.raise_opset(_spec(self.bits).opset)
+        for node in self._nodes(model):
+            spec = self._format(node)
+            if isinstance(spec, str):
+                ctx.skip(node, spec)
                 continue
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
-            node_spec = qdq.spec_for_weight(node, spec, self.group_size or None)
-            qparams = qdq.insert_weight(ctx.edit, node, node_spec)
-            error = weight - Uniform(node_spec).fake_quantize(weight, qparams)
-            power = float(np.sum(weight.astype(np.float64) ** 2))
-            ctx.measure(node.name or "", weight_sqnr_db=10 * np.log10(max(power, 1e-30) / max(float(np.sum(error.astype(np.float64) ** 2)), 1e-30)))
+            error = weight - Uniform(spec).fake_quantize(weight, qdq.insert_weight(ctx.edit, node, spec))
+            power, noise = (max(float(np.sum(part**2, dtype=np.float64)), 1e-30) for part in (weight, error))
+            ctx.measure(node.name or "", weight_sqnr_db=10 * np.log10(power / noise), bits=spec.bits)
         ctx.edit.prune()
 
-    def _refusal(self, node: ir.Node) -> str | None:
+    def _nodes(self, model: ir.Model) -> list[ir.Node]:
+        return [node for node in model.graph if not node.domain and node.op_type in self.op_types and node.op_type in linear.LINEAR_OPS]
+
+    def _format(self, node: ir.Node) -> QuantSpec | str:
+        """What the weight of `node` becomes, or why it stays float."""
         if any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude):
             return "excluded by the recipe"
-        reason = linear.linear_refusal(node)
-        if reason or not self.group_size:
+        if reason := linear.linear_refusal(node):
             return reason
-        weight = ir.constant(linear.weight_of(node))
-        assert weight is not None
-        if weight.ndim != 2:
+        obstacle = self._not_grouped(node)
+        if obstacle is None:
+            return qdq.spec_for_weight(node, _spec(self.bits), self.group_size or None)
+        return qdq.spec_for_weight(node, _spec(self.fallback_bits)) if self.fallback_bits else obstacle
+
+    def _not_grouped(self, node: ir.Node) -> str | None:
+        weight = linear.weight_of(node)
+        assert weight is not None and weight.const_value is not None
+        shape = tuple(weight.const_value.shape)
+        if not self.group_size:
+            return None
+        if len(shape) != 2:
             return "groups along the reduction axis need a matrix, this weight has kernel positions"
-        if weight.shape[linear.in_axis(node)] % self.group_size:
-            return f"its {weight.shape[linear.in_axis(node)]} inputs are not a multiple of the group size {self.group_size}"
-        return None
+        size = int(shape[linear.in_axis(node)])
+        return f"its {size} inputs are not a multiple of the group size {self.group_size}" if size % self.group_size else None
+
+
+def _spec(bits: int) -> QuantSpec:
+    return QuantSpec(bits, signed=True, symmetric=True, granularity=PerAxis(0))

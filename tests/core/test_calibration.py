@@ -202,7 +202,7 @@ def test_fixed_batch() -> None:
     assert len(random_calibration(inputs, 5)) == 8
     with pytest.raises(DataError, match="takes 4 samples at once, there are 3"):
         data.batches(1, start=8)
-    first, held = data.take(7).split(2)
+    first, held = data.take(3).split(2)
     assert first is held and "too few" in held.description
 
 

@@ -22,7 +22,9 @@ def batches(seed, scale_spread=3.0):
 def arrays(observer, x):
     """What an executor would hand over."""
     extrema = np.array([x.min(initial=np.inf), x.max(initial=-np.inf)])
-    views = {"whole": x, "sample": x.reshape(-1)[::3], "extrema": extrema}
+    rows = x.reshape(-1, x.shape[-1])
+    channels = np.stack([rows.min(0, initial=np.inf), rows.max(0, initial=-np.inf)])
+    views = {"whole": x, "sample": x.reshape(-1)[::3], "extrema": extrema, "channels": channels}
     return [views[tap.view] for tap in observer.taps]
 
 

@@ -27,9 +27,16 @@ from graphq.verify import verify_graph
 
 GOLDEN = Path(__file__).parent / "golden" / "insert_qdq"
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
 SYMMETRIC = ["generic", "tensorrt", "tensorrt-rtx"]
 
 Feeds = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Whatever ran before, a test sees the same data."""
+    RNG.bit_generator.state = START
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -168,22 +175,23 @@ def test_one_layer_equals_the_formula() -> None:
 
 
 def one_layer(outputs: int = 8, **more: np.ndarray) -> onnx.ModelProto:
-    body = "a = MatMul(x, w) y = Add(a, b)" if "b" in more else "y = MatMul(x, w)"
+    body = "a = MatMul(x, w) [bias] y = Add(a, b)" if "b" in more else "y = MatMul(x, w)"
     return build(f"g (float[N, 16] x) => (float[N, {outputs}] y) {{ {body} }}", w=floats(16, outputs), **more)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "generic"])
 def test_mse_beats_min_max_on_heavy_tails(target: str) -> None:
-    x = (RNG.standard_t(2.5, (2048, 16))).astype(np.float32)
+    """On the error of what it quantizes, seen through a layer."""
+    x = RNG.standard_t(2.5, (2048, 16)).astype(np.float32)
     proto = one_layer()
     reference = run(proto, {"x": x})
     errors = {ranges: sqnr(reference, run(quantize(proto, {"x": x}, target, ranges=ranges)[0], {"x": x})) for ranges in ("mse", "min-max")}
-    assert errors["mse"] > errors["min-max"] + 1
+    assert errors["mse"] > errors["min-max"] + 0.2
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_correct_bias_lowers_the_mean_error(target: str) -> None:
-    """Positive inputs and a coarse weight give every channel a mean error; it goes down to a hundredth with the data it was measured on."""
+    """Positive inputs and a coarse weight give every channel a mean error; it is gone for the data it was measured on."""
     x, proto = np.abs(floats(512, 16)) ** 3, one_layer(b=floats(8))
     reference = run(proto, {"x": x})
     shifts = {}
@@ -191,13 +199,13 @@ def test_correct_bias_lowers_the_mean_error(target: str) -> None:
         options = {"correct_bias": correct, "error_samples": 512, "float_budget": 0, "center": False, "per_channel": False}
         model, _ = quantize(proto, {"x": x}, target, **options)
         shifts[correct] = np.abs((run(model, {"x": x}) - reference).mean(0, dtype=np.float64)).max()
-    assert shifts[True] < 0.05 * shifts[False]
+    assert shifts[True] < 1e-4 * shifts[False]
 
 
 def test_correct_bias_needs_enough_rows() -> None:
     """The mean over a handful of positions is noise: nothing is taken out of the bias then."""
     x, bias = np.abs(floats(100, 16)), floats(8)
-    model, _ = quantize(one_layer(b=bias), {"x": x}, "generic", error_samples=100)
+    model, _ = quantize(one_layer(b=bias), {"x": x}, "generic", error_samples=100, center=False)
     np.testing.assert_array_equal(ir.constant(ops(model, "Add")[0].inputs[1]), bias)
 
 
@@ -239,7 +247,7 @@ def deep(bad: float) -> tuple[onnx.ModelProto, Feeds]:
 
 
 def test_the_worst_layer_stays_float_and_says_so() -> None:
-    proto, feeds = deep(300.0)
+    proto, feeds = deep(100.0)
     model, record = quantize(proto, feeds)
     assert integer_layers(model) == {f"l{k}" for k in range(10) if k != 3}
     ((where, reason),) = record.skipped
@@ -259,7 +267,7 @@ def test_the_worst_layer_stays_float_and_says_so() -> None:
 )  # fmt: skip
 def test_the_budget_is_kept(options: dict[str, Any], kept: int) -> None:
     """With an unreachable limit every layer wants to stay float; the worst go first, as long as there is budget."""
-    proto, feeds = deep(300.0)
+    proto, feeds = deep(100.0)
     model, record = quantize(proto, feeds, **{"min_sqnr_db": 60.0, "allow_no_effect": True, **options})
     assert len(integer_layers(model)) == 10 - kept
     errors = {entry.where: entry.numbers["sqnr_db"] for entry in record.measurements}
@@ -356,7 +364,8 @@ KERNELS: dict[str, tuple[str, dict[str, np.ndarray], dict[str, int]]] = {
     "Clip": ("float[N, 4, 8, 8] x", {"w": floats(4, 4, 3, 3), "low": np.float32(0), "high": np.float32(6)}, {"QLinearConv": 2}),
     "MatMul": ("float[N, 6, 8] x", {"w": floats(8, 8), "b": floats(8)}, {"MatMulIntegerToFloat": 2}),
     "Gemm": ("float[N, 8] x", {"w": floats(8, 8), "b": floats(8)}, {"QGemm": 2}),
-    "pools": ("float[N, 4, 8, 8] x", {"w": floats(4, 4, 1, 1)}, {"QLinearConv": 3, "QLinearGlobalAveragePool": 1, "QLinearAveragePool": 1}),
+    "pools": ("float[N, 4, 8, 8] x", {"w": floats(4, 4, 1, 1), "v": floats(4, 4)},
+              {"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QLinearAveragePool": 1, "QGemm": 1}),
     "flat": ("float[N, 4, 2, 2] x", {"w": floats(4, 4, 1, 1), "v": floats(16, 8)}, {"QLinearConv": 1, "QGemm": 1}),
 }  # fmt: skip
 BODIES = {
@@ -365,7 +374,7 @@ BODIES = {
     "MatMul": "a = MatMul(x, w) c = Add(a, b) t = Gelu(c) d = MatMul(t, w) y = Add(d, b)",
     "Gemm": "a = Gemm(x, w, b) t = Tanh(a) y = Gemm <transB = 1> (t, w, b)",
     "pools": """a = Conv(x, w) p = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (a) c = Conv(p, w)
-        q = GlobalAveragePool(c) y = Conv(q, w)""",
+        q = GlobalAveragePool(c) f = Flatten(q) y = Gemm(f, v)""",
     "flat": "a = Conv(x, w) f = Flatten(a) y = Gemm(f, v)",
 }
 
@@ -441,7 +450,7 @@ def test_fixed_and_open_dimensions(batch: str, size: str) -> None:
     few = {"x": feeds["x"][: int(batch) if batch != "N" else 5]}
     assert sqnr(run(proto, few), run(model, few)) > 28
     if size == "H":
-        other = {"x": floats(len(few["x"]), 4, 12, 12).clip(-3, 3)}
+        other = {"x": np.tile(few["x"], (1, 1, 2, 1))}
         assert sqnr(run(proto, other), run(model, other)) > 25
 
 
