@@ -49,9 +49,9 @@ def load_graphq() -> Convert:
     import onnxscript.version_converter  # noqa: F401
 
     import graphq  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import graphq.convert  # noqa: F401
+    import graphq.convert
     import graphq.passes.insert_qdq
-    import graphq.passes.normalize  # noqa: F401
+    import graphq.passes.normalize
 
     def convert(model: str, out: str, calib: str) -> str:
         graphq.convert(model, out, recipe="int8", calib=calib)

@@ -28,7 +28,7 @@ import onnxruntime  # type: ignore[import-untyped, unused-ignore]  # noqa: E402,
 import onnxscript.version_converter  # noqa: E402, F401
 
 import graphq.convert  # noqa: E402
-import graphq.sweep  # noqa: E402, F401
+import graphq.sweep  # noqa: E402
 from graphq import ir, recipe, targets, verify  # noqa: E402
 from graphq.calibration import open_calibration  # noqa: E402
 from graphq.executor import Executor, Fetch  # noqa: E402
@@ -146,7 +146,9 @@ def prepare(model: str) -> Row:
             original = ir.load(model)
             data = open_calibration("random", ir.inputs(original), seed=0)
         with timed(row, "context_s"):
-            ctx = PassContext(model=ir.clone(original), reference=original, calib=data, held_out=data, target=targets.get_target("onnxruntime"))
+            ctx = PassContext(
+                model=ir.clone(original), reference=original, calib=data, held_out=data, target=targets.get_target("onnxruntime")
+            )
         with timed(row, "normalize_s"):
             run_passes([normalize.Normalize()], ctx, verify.verify_graph)
         with timed(row, "placement_s"):

@@ -54,9 +54,7 @@ def speed(reference: ort.InferenceSession, converted: ort.InferenceSession, feed
 def embeddings(model: ort.InferenceSession, feed: Arrays, batch: int = 50) -> np.ndarray:
     """(N, D), each row of length one."""
     total = len(feed["input_ids"])
-    parts = [
-        model.run(None, {name: array[i : i + batch] for name, array in feed.items()})[0] for i in range(0, total, batch)
-    ]
+    parts = [model.run(None, {name: array[i : i + batch] for name, array in feed.items()})[0] for i in range(0, total, batch)]
     rows: np.ndarray = np.concatenate(parts).astype(np.float64)
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 

@@ -108,9 +108,7 @@ def ask(log: Path, python: str, script: str, *arguments: object) -> Row:
     command = [python, "-P", str(HERE / script), *map(str, arguments)]
     with log.open("a") as stderr:
         try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=stderr, cwd=log.parent, text=True, timeout=TIMEOUT_S
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, cwd=log.parent, text=True, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return {"error": f"{script}: timeout after {TIMEOUT_S} s"}
     if done.returncode or not done.stdout:

@@ -28,6 +28,7 @@ RANDOM_COUNT = 32
 _HASH_ROWS = 8
 _BLOCK_BYTES = 1 << 20
 
+
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """Samples for a model, in order; a view if it was split off another set.

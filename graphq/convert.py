@@ -119,7 +119,9 @@ class Measured:
 def _check_emit(emit: str, target: Target) -> None:
     if emit == "engine" and not target.builds_engines:
         engines = ", ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
-        raise UsageError(f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx")
+        raise UsageError(
+            f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx"
+        )
 
 
 def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
@@ -145,7 +147,9 @@ def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accur
         comparison = verify.compare(reference, result, ctx.held_out, names)
     except ModelError as error:
         list(Executor(original, deployed=deployed).stream(ctx.held_out.batches(1)))  # raises if the fault is the original's
-        raise _aside(VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out) from error
+        raise _aside(
+            VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out
+        ) from error
     except VerifyError as error:
         raise _aside(error, ctx.model, out) from error
     ctx.progress("verify", 1, 3)
@@ -166,10 +170,17 @@ def check_gates(gates: Gates, measured: Measured) -> tuple[GateResult, ...]:
         ("min_sqnr_db", gates.min_sqnr_db, worst, 1),
         ("min_cosine", gates.min_cosine, cosine, 1),
         ("min_speedup", gates.min_speedup, measured.latency.speedup if measured.latency else None, 1),
-        ("max_accuracy_drop", gates.max_accuracy_drop, 100 * (measured.accuracy.reference - measured.accuracy.result) if measured.accuracy else None, -1),
+        (
+            "max_accuracy_drop",
+            gates.max_accuracy_drop,
+            100 * (measured.accuracy.reference - measured.accuracy.result) if measured.accuracy else None,
+            -1,
+        ),
     ]
     return tuple(
-        GateResult(name, limit, value, (value - limit) * sign >= 0) for name, limit, value, sign in rows if limit is not None and value is not None
+        GateResult(name, limit, value, (value - limit) * sign >= 0)
+        for name, limit, value, sign in rows
+        if limit is not None and value is not None
     )
 
 
@@ -177,7 +188,9 @@ def _require_passed(gates: tuple[GateResult, ...], model: ir.Model, out: Path) -
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         rows = "; ".join(f"{gate.name} is {gate.limit:g}, measured {gate.value:.4g}" for gate in failed)
-        error = VerifyError("The result misses a gate of the recipe.", where=rows, hint="use more calibration data, another recipe, or other gates")
+        error = VerifyError(
+            "The result misses a gate of the recipe.", where=rows, hint="use more calibration data, another recipe, or other gates"
+        )
         raise _aside(error, model, out)
 
 
@@ -188,7 +201,12 @@ def _aside(error: VerifyError, model: ir.Model, out: Path) -> VerifyError:
         files.emit_onnx(model, aside)
     except OSError:
         return error
-    return VerifyError(error.what, where=error.where, expected=error.expected, hint=f"{error.hint + '; ' if error.hint else ''}the refused result is {aside}")
+    return VerifyError(
+        error.what,
+        where=error.where,
+        expected=error.expected,
+        hint=f"{error.hint + '; ' if error.hint else ''}the refused result is {aside}",
+    )
 
 
 def _emit(model: ir.Model, out: Path, emit: Emit, target: Target, data: CalibrationSet, limit: float, progress: Progress) -> None:
@@ -201,8 +219,11 @@ def _emit(model: ir.Model, out: Path, emit: Emit, target: Target, data: Calibrat
         ir.save(model, file)
         size = sum(part.stat().st_size for part in file.parent.iterdir())
         if size > limit:
-            error = VerifyError(f"The result is larger than the recipe allows: {size} bytes.", expected=f"{limit:.0f} bytes at most (gate max_size_ratio)",
-                                hint="too little of this model can be quantized; raise the gate to accept that")  # fmt: skip
+            error = VerifyError(
+                f"The result is larger than the recipe allows: {size} bytes.",
+                expected=f"{limit:.0f} bytes at most (gate max_size_ratio)",
+                hint="too little of this model can be quantized; raise the gate to accept that",
+            )
             raise _aside(error, model, out)
 
     files.write_atomically(out, write)

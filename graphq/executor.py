@@ -33,6 +33,10 @@ ORT_OPSET, ORT_IR = 26, 13
 """Newest operator set and file format that ONNX Runtime 1.31 loads."""
 
 
+_FLAT, _ZERO = "graphq_view_flat", "graphq_view_zero"
+"""Constants that the extrema views share: the shape `[1]`, and a zero of that shape."""
+
+
 @dataclass(frozen=True)
 class Fetch:
     """One value to look at: whole, as `(min(x, 0), max(x, 0))`, or as a strided subsample of about `SAMPLE_SIZE` elements a sample."""
@@ -106,7 +110,9 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
         options.optimized_model_filepath = optimized_path
     present = {entry.name for entry in proto.graph.initializer}
     kept = {name: array for name, array in weights.items() if name in present}
-    options.add_external_initializers(list(kept), [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in kept.values()])
+    options.add_external_initializers(
+        list(kept), [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in kept.values()]
+    )
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -129,6 +135,9 @@ def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping
     del graph.output[:]
     views: dict[str, list[onnx.NodeProto]] = {}
     count = len(graph.node)
+    if any(fetch.view == "extrema" for fetch in fetches):
+        graph.initializer.append(helper.make_tensor(_FLAT, onnx.TensorProto.INT64, [1], [1]))
+        graph.initializer.append(helper.make_tensor(_ZERO, onnx.TensorProto.FLOAT, [1], [0.0]))
     for index, fetch in enumerate(fetches):
         name, start = f"graphq_view_{index}", len(graph.node)
         if fetch.view == "whole" and fetch.value not in fed:
@@ -170,15 +179,13 @@ def _add_extrema(graph: onnx.GraphProto, value: str, name: str, cheap: bool) -> 
     Then the maximum over positions is pooled first: ONNX Runtime pools in the blocked layout of its convolutions, while a
     reduction makes it copy the whole tensor back to NCHW.
     """
-    graph.initializer.append(helper.make_tensor(f"{name}_flat", onnx.TensorProto.INT64, [1], [1]))
     source = f"{name}_pooled" if cheap else value
     if cheap:
         graph.node.append(helper.make_node("GlobalMaxPool", [value], [source]))
-        graph.initializer.append(helper.make_tensor(f"{name}_low_1", onnx.TensorProto.FLOAT, [1], [0.0]))
     for op, part in (("ReduceMax", "high"),) if cheap else (("ReduceMin", "low"), ("ReduceMax", "high")):
         graph.node.append(helper.make_node(op, [source], [f"{name}_{part}"], keepdims=0))
-        graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", f"{name}_flat"], [f"{name}_{part}_1"]))
-    graph.node.append(helper.make_node("Concat", [f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
+        graph.node.append(helper.make_node("Reshape", [f"{name}_{part}", _FLAT], [f"{name}_{part}_1"]))
+    graph.node.append(helper.make_node("Concat", [_ZERO if cheap else f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
 
 
 def _add_channels(graph: onnx.GraphProto, value: str, name: str) -> None:

@@ -18,9 +18,9 @@ from graphq.errors import ModelError
 from graphq.spec import ModelInput
 
 __all__ = [
-    "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "describe",
-    "from_onnx_text", "initializer_bytes", "inputs", "is_float", "light_proto", "linear_bytes", "load", "make_node", "nodes_inside", "opset", "producer",
-    "reads", "save", "segment_proto", "shape_of", "subgraphs", "to_proto", "values_by_name",
+    "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "constant_shape", "describe",
+    "from_onnx_text", "inputs", "is_float", "light_proto", "load", "make_node", "nodes_inside", "opset", "producer", "reads", "save",
+    "segment_proto", "shape_of", "subgraphs", "to_proto", "uses", "values_by_name",
 ]  # fmt: skip
 
 MAX_OPSET = onnx.defs.onnx_opset_version()
@@ -161,7 +161,7 @@ def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
     return tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8
 
 
-def _hollow(tensor: onnx_ir.TensorProtocol, name: str) -> onnx_ir.ExternalTensor:
+def _hollow(tensor: Any, name: str) -> onnx_ir.ExternalTensor:
     return onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
 
 
@@ -170,22 +170,21 @@ def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dt
     proto = onnx.ModelProto(ir_version=model.ir_version)
     proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
     proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
-    graph, arrays = proto.graph, {}
+    graph, arrays = proto.graph, dict[str, np.ndarray]()
     graph.name = "segment"
     graph.node.extend(onnx_ir.serde.serialize_node(node) for node in nodes)
     made = {value.name for node in nodes for value in node.outputs}
     for value in dict.fromkeys(value for node in nodes for value in reads(node)):
+        name, tensor = value.name or "", value.const_value
         if value.name in made or value.graph is not model.graph:
             continue
-        if value.is_initializer():
-            tensor = value.const_value
+        if value.is_initializer() and tensor is not None:
             if _is_heavy(tensor):
-                arrays[value.name], tensor = tensor.numpy(), _hollow(tensor, value.name)
+                arrays[name], tensor = tensor.numpy(), _hollow(tensor, name)
             graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
-            graph.initializer[-1].name = value.name
+            graph.initializer[-1].name = name
         else:
-            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[value.name]))
-            graph.input.append(onnx.helper.make_tensor_value_info(value.name, element, None))
+            graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name])), None))
     return proto, arrays
 
 
@@ -261,6 +260,18 @@ def shape_of(value: Value | None) -> tuple[int | str | None, ...] | None:
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
 
 
+def constant_shape(value: Value | None) -> tuple[int, ...]:
+    """Shape of an initializer, without reading it."""
+    if value is None or value.const_value is None:
+        raise ValueError("not an initializer")
+    return tuple(int(dim) for dim in value.const_value.shape)  # type: ignore[arg-type]
+
+
+def uses(value: Value) -> tuple[Any, ...]:
+    """Who reads `value`: entries with `node` and `idx`, the input index."""
+    return tuple(value.uses())
+
+
 def is_float(value: Value | None) -> bool:
     """Whether the element type is float32, or not stated (as in a model without shape inference)."""
     return value is not None and value.dtype in (DataType.FLOAT, None)
@@ -293,20 +304,10 @@ def _tensors(model: Model) -> Iterator[Any]:
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
-def initializer_bytes(model: Model) -> int:
-    """Bytes of all initializers as stored."""
-    return sum(tensor.nbytes for tensor in _tensors(model))
-
-
-def linear_bytes(array_shape: Sequence[int], bits: float = 32) -> float:
-    """Bytes of an array of this shape at `bits` bits an element, scales not counted."""
-    return float(np.prod(array_shape, dtype=np.float64)) * bits / 8
-
-
 def make_tensor(array: np.ndarray, storage: str, name: str) -> onnx_ir.TensorProtocol:
     """A tensor of the ONNX type `storage` (`int8`, `uint4`, `float32`...) from an array that holds its values."""
     target = _NUMPY_TYPES.get(storage, storage)
-    return onnx_ir.tensor(np.asarray(array, order="C").astype(target, copy=False), name=name)
+    return onnx_ir.Tensor(np.asarray(array, order="C").astype(target, copy=False), name=name)
 
 
 def make_node(op_type: str, values: Sequence[Value | None], outputs: Sequence[str], *, domain: str = "", name: str = "",
@@ -314,7 +315,7 @@ def make_node(op_type: str, values: Sequence[Value | None], outputs: Sequence[st
     return onnx_ir.node(op_type, values, attributes, domain=domain, name=name or outputs[0], outputs=[Value(name=out) for out in outputs])
 
 
-def make_value(name: str, tensor: onnx_ir.TensorProtocol) -> Value:
+def make_value(name: str, tensor: Any) -> Value:
     """A constant value, to be registered as an initializer."""
     return Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
 
@@ -326,4 +327,3 @@ def make_attribute(name: str, value: Any) -> onnx_ir.Attr:
 def tensor_type(storage: str) -> onnx_ir.TensorType:
     """The type of a tensor of `int8`, `uint4`, `float32`..."""
     return onnx_ir.TensorType(onnx_ir.DataType[{"float32": "FLOAT"}.get(storage, storage.upper())])
-

@@ -32,7 +32,7 @@ def linear_refusal(node: ir.Node) -> str | None:
     if op is None:
         return "not an operator with weights"
     weight = weight_of(node)
-    if weight is None or weight.const_value is None or not weight.is_initializer():
+    if weight is None or weight.const_value is None or not weight.is_initializer() or weight.is_graph_input():
         return "its weight is not a constant of the graph"
     if weight.dtype != ir.DataType.FLOAT:
         return f"its weight is {weight.dtype}, not float32"
@@ -40,7 +40,7 @@ def linear_refusal(node: ir.Node) -> str | None:
         return "its weight is a vector"
     if node.op_type == "MatMul" and len(weight.const_value.shape) > 2:
         return "its weight is a stack of matrices"
-    if not np.prod(tuple(weight.const_value.shape)):
+    if not np.prod(ir.constant_shape(weight)):
         return "its weight is empty"
     return None
 
@@ -98,5 +98,5 @@ def multiply_adds(node: ir.Node) -> float:
     weight = weight_of(node)
     shape = ir.shape_of(node.outputs[0]) or ()
     positions = shape[2:] if channel_axis(node) == 1 else shape[1:-1]
-    size = np.prod(tuple(weight.const_value.shape), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
+    size = np.prod(ir.constant_shape(weight), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
     return float(size * np.prod([dim if isinstance(dim, int) else 1 for dim in positions], dtype=np.float64))

@@ -33,7 +33,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
 
-
 def no_progress(what: str, done: int, total: int) -> None:
     """The progress that nobody watches."""
 
@@ -212,7 +211,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
             raise
         if not edits and not (one.idle_is_fine or one.allow_no_effect):
             raise RecipeError(
-                f"Pass {one.name!r} changed nothing.", where=f"number {index + 1} of {len(passes)}", expected="at least one node that it applies to",
+                f"Pass {one.name!r} changed nothing.", where=f"number {index + 1} of {len(passes)}",
+                expected="at least one node that it applies to",
                 hint=f"{_reasons(ctx.skipped)}take the pass out of the recipe, or set allow_no_effect: true",
             )  # fmt: skip
         if exact and edits:

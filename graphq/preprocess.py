@@ -191,9 +191,7 @@ def image_shape(model_input: ModelInput, preprocess: Preprocess) -> ImageShape:
     """
     shape, where = model_input.shape, f"input '{model_input.name}' of shape {format_shape(model_input.shape)}"
     if shape is None or len(shape) != 4:
-        raise DataError(
-            "the model's input does not take images", where=where, expected="4 dimensions", hint="give an npz"
-        )
+        raise DataError("the model's input does not take images", where=where, expected="4 dimensions", hint="give an npz")
     fitting = [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if shape[axis] in (1, 3)]
     if not fitting and not isinstance(shape[1], int):
         fitting = ["NCHW"] if isinstance(shape[3], int) else ["NCHW", "NHWC"]
@@ -239,36 +237,24 @@ def open_images(folder: Path, model_input: ModelInput, preprocess: Preprocess | 
     if not paths:
         deeper = any(path.is_dir() for path in folder.iterdir())
         hint = "images in subfolders are not read: move them up" if deeper else "give another folder, or an npz"
-        raise DataError(
-            "the folder has no images", where=str(folder), expected=f"files {', '.join(IMAGE_SUFFIXES)}", hint=hint
-        )
+        raise DataError("the folder has no images", where=str(folder), expected=f"files {', '.join(IMAGE_SUFFIXES)}", hint=hint)
     if preprocess is None:
         hint = "give the preprocessing that the model was trained with: --preprocess NAME"
         expected = f"one of {', '.join(PRESETS)}, or a YAML file"
-        raise DataError(
-            "a folder of images needs declared preprocessing", where=str(folder), expected=expected, hint=hint
-        )
+        raise DataError("a folder of images needs declared preprocessing", where=str(folder), expected=expected, hint=hint)
     where = f"input '{model_input.name}': {model_input.dtype} {format_shape(model_input.shape)}"
-    if not np.issubdtype(model_input.dtype, np.floating) and not (
-        model_input.dtype == np.uint8 and preprocess.is_identity
-    ):
+    if not np.issubdtype(model_input.dtype, np.floating) and not (model_input.dtype == np.uint8 and preprocess.is_identity):
         expected = "a float input, or a uint8 input and preprocessing `none`"
-        raise DataError(
-            "images do not fit the type of the model's input", where=where, expected=expected, hint="give an npz"
-        )
+        raise DataError("images do not fit the type of the model's input", where=where, expected=expected, hint="give an npz")
     _, height, width, channels = image_shape(model_input, preprocess)
     crop = preprocess.crop
     if any(crop and side and crop != side for side in (height, width)):
         hint = "leave `crop` out to use the model's size"
-        raise DataError(
-            f"crop: {crop} differs from the model's input", where=where, expected=f"{height} x {width}", hint=hint
-        )
+        raise DataError(f"crop: {crop} differs from the model's input", where=where, expected=f"{height} x {width}", hint=hint)
     height, width = height or crop, width or crop
     if height is None or width is None:
         hint = "write a YAML file with `crop: 224`, or the side that the model was trained with"
-        raise DataError(
-            "the model leaves the size of images open", where=where, expected="`crop` in the preprocessing", hint=hint
-        )
+        raise DataError("the model leaves the size of images open", where=where, expected="`crop` in the preprocessing", hint=hint)
     _pillow()
     return ImageFiles(paths, preprocess, (height, width, channels))
 
@@ -294,9 +280,7 @@ def _pillow() -> Any:
 def _load_yaml(path: Path) -> Preprocess:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(
-                "the preprocessing file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES} bytes"
-            )
+            raise DataError("the preprocessing file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES} bytes")
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
@@ -306,18 +290,14 @@ def _load_yaml(path: Path) -> Preprocess:
             hint=did_you_mean(path.stem, PRESETS) or "check the path",
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"the preprocessing file is not YAML: {error}", where=str(path), hint="check its indentation"
-        ) from error
+        raise DataError(f"the preprocessing file is not YAML: {error}", where=str(path), hint="check its indentation") from error
     return _from_fields(fields, str(path))
 
 
 def _from_fields(fields: object, where: str) -> Preprocess:
     known = list(Preprocess.__dataclass_fields__)
     if not isinstance(fields, dict):
-        raise DataError(
-            "the preprocessing is not a table of options", where=where, expected=f"keys of {', '.join(known)}"
-        )
+        raise DataError("the preprocessing is not a table of options", where=where, expected=f"keys of {', '.join(known)}")
     try:
         return _ADAPTER.validate_python(fields)
     except pydantic.ValidationError as error:

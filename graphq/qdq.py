@@ -31,8 +31,8 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     name, source = value.name or "value", value
     scale, zero = _qparam_values(edit, name, qparams, spec)
     if spec.bits != spec.storage_bits:
-        steps = np.float32([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)]) * qparams.scale
-        low, high = (edit.initializer(f"{name}_clip_{end}", np.float32(step)) for end, step in zip(("low", "high"), steps, strict=True))
+        steps = np.array([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)], np.float32) * qparams.scale
+        low, high = (edit.initializer(f"{name}_clip_{end}", np.asarray(step)) for end, step in zip(("low", "high"), steps, strict=True))
         source = edit.insert(anchor, "Clip", [value, low, high], output=f"{name}_clipped", like=value, after=after)
         anchor, after = source.producer(), True
     codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
@@ -69,7 +69,9 @@ def insert_lookup(edit: Editor, node: ir.Node, codes: np.ndarray, qparams: QPara
     name, out = node.inputs[0].name or "table", node.outputs[0]  # type: ignore[union-attr]
     readers = [(use.node, use.idx) for use in out.uses()]
     edit.rewire(node, 0, edit.initializer(f"{name}_quantized", codes, spec.storage))
-    result = edit.insert(node, "DequantizeLinear", [out, *_qparam_values(edit, name, qparams, spec)], output=f"{out.name}_dequantized", like=out, after=True)
+    result = edit.insert(
+        node, "DequantizeLinear", [out, *_qparam_values(edit, name, qparams, spec)], output=f"{out.name}_dequantized", like=out, after=True
+    )
     out.type = ir.tensor_type(spec.storage)
     for reader, index in readers:
         edit.rewire(reader, index, result)
@@ -127,6 +129,6 @@ def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
         if codes is None or codes in seen or not codes.is_initializer() or codes.const_value is None or codes.dtype == ir.DataType.INT32:
             continue
         seen.add(codes)
-        before += 4 * int(np.prod(tuple(codes.const_value.shape)))
+        before += 4 * int(np.prod(ir.constant_shape(codes)))
         after += sum(value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None)
     return before, after

@@ -23,7 +23,6 @@ Batches = list[np.ndarray]
 """One array per calibration batch."""
 
 
-
 @dataclass(frozen=True)
 class SweepStep:
     """A stop of the sweep, before `node` has run in the current model; edit the node, then go on.

@@ -45,6 +45,7 @@ class Target:
         fused_activations: Operators that disappear into the integer kernel before them.
         storage: Element types that its DequantizeLinear takes.
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
+        integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
     """
 
@@ -61,6 +62,7 @@ class Target:
     storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     measures_speed: bool = False
     builds_engines: bool = False
+    integer_lookup: bool = True
     minimum_opset: int = field(default=21)
 
 
@@ -85,7 +87,7 @@ _TENSORRT = Target(
     name="tensorrt",
     about="NVIDIA TensorRT 11: strongly typed, symmetric INT8, float bias",
     activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
-    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), builds_engines=True,
+    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), builds_engines=True, integer_lookup=False,
 )  # fmt: skip
 
 TARGETS: Mapping[str, Target] = MappingProxyType({
@@ -134,4 +136,6 @@ def require_legal(model: ir.Model, target: Target) -> None:
     if found:
         rows = "; ".join(f"{node}: {rule}" for node, rule in found[:3])
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise TargetError(f"{target.name} cannot run this model.", where=rows + more, hint="choose another target, or a recipe for this one")
+        raise TargetError(
+            f"{target.name} cannot run this model.", where=rows + more, hint="choose another target, or a recipe for this one"
+        )

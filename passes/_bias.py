@@ -20,8 +20,14 @@ def find(node: ir.Node) -> Slot | None:
             return node, linear.bias_index(node)
         is_codes = maker is not None and maker.op_type == "DequantizeLinear" and ir.constant(maker.inputs[0]) is not None
         return (maker, 0) if is_codes and len(bias.uses()) == 1 and not bias.is_graph_output() else None  # type: ignore[return-value]
-    uses = node.outputs[0].uses()
-    if linear.channel_axis(node) == -1 and len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.op_type == "Add" and uses[0].node.domain == "":
+    uses = ir.uses(node.outputs[0])
+    if (
+        linear.channel_axis(node) == -1
+        and len(uses) == 1
+        and not node.outputs[0].is_graph_output()
+        and uses[0].node.op_type == "Add"
+        and uses[0].node.domain == ""
+    ):
         index = 1 - uses[0].idx
         array = ir.constant(uses[0].node.inputs[index])
         weight = linear.weight_of(node)

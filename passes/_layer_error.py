@@ -38,7 +38,7 @@ class LayerError:
 
 def measure(model: ir.Model, anchors: Sequence[ir.Node], formats: Mapping[str, tuple[QuantSpec, QParams]], weight: QuantSpec,
             data: CalibrationSet) -> dict[str, LayerError]:  # fmt: skip
-    """Error of each of `anchors` (by name) with its input (`formats` by value name) and its weight (to `weight`, but for the axis) quantized."""
+    """Error of each of `anchors` (by name) with its input (as `formats` says, by value name) and its weight (as `weight`) quantized."""
     probe = ir.clone(model)
     edit = Editor(probe)
     wanted = {node.name for node in anchors}

@@ -42,7 +42,9 @@ def noise(x: np.ndarray, weights: Sequence[np.ndarray], k: np.ndarray, low: np.n
     return total
 
 
-def search(x: np.ndarray, weights: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray, activation: QuantSpec) -> tuple[np.ndarray, float]:
+def search(
+    x: np.ndarray, weights: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray, activation: QuantSpec
+) -> tuple[np.ndarray, float]:
     """The `k` with the least noise among `ALPHAS`, and what it gains over no migration, in dB (negative: none helps)."""
     plain = noise(x, weights, np.ones(low.shape, np.float32), low, high, activation)
     candidates = [factors(low, high, weights, alpha) for alpha in ALPHAS]

@@ -56,7 +56,8 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
         elif reason:
             plan.skipped.append((node, reason))
     flowing = _flow(model, target, plan.anchors, exclude)
-    for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, {*plan.anchors, *flowing}, plan.anchors)]:
+    quantized = {*plan.anchors, *flowing}
+    for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, quantized, plan.anchors)]:
         plan.anchors.remove(node)
         plan.skipped.append((node, f"{target.name} would have to round its output, which only float nodes read, for little work saved"))
     flowing = _flow(model, target, plan.anchors, exclude)
@@ -97,7 +98,7 @@ def _is_excluded(node: ir.Node, exclude: Sequence[str]) -> bool:
 def fused_output(node: ir.Node, target: Target) -> ir.Value:
     """The value that leaves the integer kernel: past an activation that the runtime fuses, if nothing else reads before it."""
     value = node.outputs[0]
-    uses = value.uses()
+    uses = ir.uses(value)
     if len(uses) == 1 and not value.is_graph_output():
         reader = uses[0].node
         if reader.domain == "" and reader.op_type in target.fused_activations and reader.inputs[0] is value and reader.graph is node.graph:
@@ -165,5 +166,3 @@ def tied(plan: Placement) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
     group_of = {value: group for group in plan.groups for value in group}
     for value in plan.readers:
         yield value, group_of.get(value, [value])
-
-

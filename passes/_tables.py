@@ -26,7 +26,9 @@ def lookups(model: ir.Model) -> Iterator[ir.Node]:
             continue
         table = node.inputs[0]
         shape = ir.shape_of(table)
-        is_table = table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 2
+        is_table = (
+            table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 2
+        )
         if is_table and int(shape[0]) >= MIN_ROWS and ir.constant(node.inputs[1]) is None:  # type: ignore[index,arg-type]
             yield node
 

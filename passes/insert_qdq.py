@@ -78,7 +78,7 @@ class InsertQdq(Pass):
         if self.correct_bias:
             _correct(plan, errors, ctx)
         self._insert(plan, formats, ctx)
-        for node in list(_tables.lookups(model)) if self.tables else []:
+        for node in list(_tables.lookups(model)) if self.tables and ctx.target.integer_lookup else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight))
         ctx.edit.prune()
 
@@ -95,7 +95,12 @@ class InsertQdq(Pass):
         for value, group in _placement.tied(plan):
             lows, highs = zip(*(found[member] for member in group if member in found), strict=True)
             formats[value] = (plain, Uniform(plain).fit(float(np.min(lows)), float(np.max(highs))))
-            if self.center and plain.symmetric and value not in plan.whole and all(_center.can_center(node) for node, _ in plan.readers[value]):
+            if (
+                self.center
+                and plain.symmetric
+                and value not in plan.whole
+                and all(_center.can_center(node) for node, _ in plan.readers[value])
+            ):
                 spec = replace(plain, symmetric=False)
                 low, high = estimator.estimate(stats[observers[value]], spec)
                 if _center.is_worthwhile(low, high):
@@ -160,4 +165,3 @@ def _takes_int32_bias(node: ir.Node) -> bool:
     if bias is None or weight is None or ir.attribute(node, "beta", 1.0) != 1.0 or ir.attribute(node, "alpha", 1.0) != 1.0:
         return False
     return bias.shape == (weight.shape[linear.out_axis(node)],)
-

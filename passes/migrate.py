@@ -66,7 +66,7 @@ class Migrate(Pass):
             ranges[moved.name or ""] = math.scaled_range(low, high, k)
             ctx.measure(value.name or "", gain_db=gain, folded=folds)
         for name, (least, most) in ranges.items():
-            ctx.assume(Range(name), {"low": np.float64(least), "high": np.float64(most), "count": np.int64(1), "nonfinite": np.int64(0)})
+            ctx.assume(Range(name), {"low": np.array(least), "high": np.array(most), "count": np.array(1), "nonfinite": np.array(0)})
 
     def _layers(self, model: ir.Model, target: Target) -> dict[ir.Value, list[ir.Node]]:
         """MatMul and Gemm layers by the activation they share, if they do most of the model's work."""
@@ -106,7 +106,9 @@ def _folds(value: ir.Value, nodes: list[ir.Node]) -> bool:
         return False
     shape = ir.shape_of(value)
     arrays = [ir.constant(entry) for entry in maker.inputs[1:] if entry is not None]
-    return {use.node for use in value.uses()} == set(nodes) and all(array is not None and array.shape == (shape or ())[-1:] for array in arrays)
+    return {use.node for use in value.uses()} == set(nodes) and all(
+        array is not None and array.shape == (shape or ())[-1:] for array in arrays
+    )
 
 
 def _fold(ctx: PassContext, value: ir.Value, k: np.ndarray) -> ir.Value:

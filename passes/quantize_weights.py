@@ -44,7 +44,8 @@ class QuantizeWeights(Pass):
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise TargetError(
                 "There is no weight to quantize.", where="; ".join(sorted({str(reason) for reason in reasons})[:3]),
-                expected=f"at least one {', '.join(self.op_types)} with a constant float32 weight", hint="`graphq inspect` lists the nodes with reasons",
+                expected=f"at least one {', '.join(self.op_types)} with a constant float32 weight",
+                hint="`graphq inspect` lists the nodes with reasons",
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
@@ -77,13 +78,12 @@ class QuantizeWeights(Pass):
 
     def _not_grouped(self, node: ir.Node) -> str | None:
         weight = linear.weight_of(node)
-        assert weight is not None and weight.const_value is not None
-        shape = tuple(weight.const_value.shape)
+        shape = ir.constant_shape(weight)
         if not self.group_size:
             return None
         if len(shape) != 2:
             return "groups along the reduction axis need a matrix, this weight has kernel positions"
-        size = int(shape[linear.in_axis(node)])
+        size = shape[linear.in_axis(node)]
         return f"its {size} inputs are not a multiple of the group size {self.group_size}" if size % self.group_size else None
 
 

@@ -20,7 +20,9 @@ def check_output(path: Path, *inputs: Path) -> None:
     """
     for source in inputs:
         if path.resolve() == source.resolve():
-            raise UsageError("The output would overwrite the input.", where=str(path), hint="graphq never touches the input; choose another --out")
+            raise UsageError(
+                "The output would overwrite the input.", where=str(path), hint="graphq never touches the input; choose another --out"
+            )
     if path.is_dir():
         raise UsageError("The output path is a folder.", where=str(path), expected="a file name, such as model.int8.onnx")
     if not path.parent.is_dir():
@@ -29,7 +31,9 @@ def check_output(path: Path, *inputs: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise UsageError("The output folder cannot be written.", where=f"{path.parent}: {error.strerror}", hint="choose another --out") from error
+        raise UsageError(
+            "The output folder cannot be written.", where=f"{path.parent}: {error.strerror}", hint="choose another --out"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,4 +54,3 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def emit_onnx(model: ir.Model, path: Path) -> None:
     """Write `model` to `path` (and `<name>.data` beside it if it is larger than a protobuf file can be)."""
     write_atomically(path, lambda file: ir.save(model, file))
-
