@@ -43,7 +43,7 @@ def _batches(path: str, size: int = 8) -> Iterator[dict[str, Any]]:
         yield {name: array[start : start + size] for name, array in arrays.items()}
 
 
-def load_graphq() -> Convert:
+def load_graphq(target: str = "onnxruntime") -> Convert:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  (graphq imports what it needs late)
     import onnxscript.version_converter  # noqa: F401
@@ -51,10 +51,11 @@ def load_graphq() -> Convert:
     import graphq  # type: ignore[import-not-found, import-untyped, unused-ignore]
     import graphq.convert
     import graphq.passes.insert_qdq
+    import graphq.passes.migrate
     import graphq.passes.normalize
 
     def convert(model: str, out: str, calib: str) -> str:
-        graphq.convert(model, out, recipe="int8", calib=calib)
+        graphq.convert(model, out, recipe="int8", calib=calib, target=target)
         return ""
 
     return convert
@@ -149,6 +150,7 @@ def load_modelopt() -> Convert:
 LINEAR = functools.partial(load_ort, ("MatMul", "Gemm", "Conv"))
 TOOLS = {
     "graphq": Tool(None, load_graphq, "graphq.convert, recipe int8"),
+    "graphq-rtx": Tool(None, functools.partial(load_graphq, "tensorrt-rtx"), "the same, target tensorrt-rtx"),
     "ort": Tool("ort", load_ort, "quant_pre_process, quantize_static: QDQ, S8S8, per channel, min-max"),
     "ort-linear": Tool("ort", LINEAR, "the same, only MatMul, Gemm and Conv"),
     "nncf": Tool("nncf", load_nncf, "nncf.quantize"),

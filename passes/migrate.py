@@ -76,8 +76,7 @@ class Migrate(Pass):
             return {}
         layers: dict[ir.Value, list[ir.Node]] = {}
         for node in matrices:
-            shape = ir.shape_of(linear.data_of(node))
-            if shape and isinstance(shape[-1], int) and not ir.attribute(node, "transA", 0):
+            if not ir.attribute(node, "transA", 0):
                 layers.setdefault(linear.data_of(node), []).append(node)
         return layers
 
@@ -104,11 +103,9 @@ def _folds(value: ir.Value, nodes: list[ir.Node]) -> bool:
     maker = value.producer()
     if maker is None or maker.domain or maker.op_type != "LayerNormalization" or value.is_graph_output() or len(maker.inputs) < 2:
         return False
-    shape = ir.shape_of(value)
+    channels = (len(_matrix(nodes[0])),)
     arrays = [ir.constant(entry) for entry in maker.inputs[1:] if entry is not None]
-    return {use.node for use in value.uses()} == set(nodes) and all(
-        array is not None and array.shape == (shape or ())[-1:] for array in arrays
-    )
+    return {use.node for use in ir.uses(value)} == set(nodes) and all(array is not None and array.shape == channels for array in arrays)
 
 
 def _fold(ctx: PassContext, value: ir.Value, k: np.ndarray) -> ir.Value:

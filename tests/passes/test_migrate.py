@@ -1,0 +1,194 @@
+"""migrate: the float function stays, outlier channels stop hurting, and what gains nothing is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper, parser
+
+from graphq import ir
+from graphq.calibration import open_calibration
+from graphq.errors import RecipeError
+from graphq.executor import Executor
+from graphq.passes import _migrate_math as math
+from graphq.passes.insert_qdq import InsertQdq
+from graphq.passes.migrate import Migrate
+from graphq.passes.normalize import Normalize
+from graphq.pipeline import PassContext, run_passes
+from graphq.spec import QuantSpec
+from graphq.targets import get_target
+from graphq.verify import verify_graph
+
+D, O = 32, 24
+ACTIVATION = QuantSpec(8, signed=False, symmetric=False)
+
+NORMED = """
+agraph (float[batch, 8, 32] x) => (float[batch, 8, 24] y, float[batch, 8, 24] z) {
+  n = LayerNormalization<axis = -1>(x, gamma, beta)
+  y = MatMul(n, w1)
+  z = MatMul(n, w2)
+}"""
+
+RESIDUAL = """
+agraph (float[batch, 8, 32] x) => (float[batch, 8, 24] y, float[batch, 8, 32] r) {
+  n = LayerNormalization<axis = -1>(x, gamma, beta)
+  y = MatMul(n, w1)
+  r = Add(n, x)
+}"""
+
+GEMM = """
+agraph (float[batch, 32] x) => (float[batch, 24] y) {
+  n = Gelu(x)
+  y = Gemm<transB = 1>(n, w1, b)
+}"""
+
+
+def outlier_weights(seed: int, spread: float = 2.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    gamma = (10 ** rng.uniform(-spread / 2, spread / 2, D)).astype(np.float32)
+    return {
+        "gamma": gamma,
+        "beta": (gamma * rng.standard_normal(D)).astype(np.float32),
+        "w1": (rng.standard_normal((D, O)) / np.sqrt(D)).astype(np.float32),
+        "w2": (rng.standard_normal((D, O)) / np.sqrt(D)).astype(np.float32),
+    }
+
+
+def context(text: str, weights: dict[str, np.ndarray], x: np.ndarray, target: str = "onnxruntime") -> PassContext:
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
+    used = {name for node in proto.graph.node for name in node.input}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items() if name in used)
+    model = ir.onnx_ir.from_proto(proto)
+    data = open_calibration({"x": x}, ir.inputs(model))
+    calib, held_out = data.split(8)
+    return PassContext(model=model, reference=ir.clone(model), calib=calib, held_out=held_out, target=get_target(target))
+
+
+def inputs(seed: int = 0, shape: tuple[int, ...] = (40, 8, D)) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def outputs(model: ir.Model, x: np.ndarray) -> list[np.ndarray]:
+    return Executor(model).run({"x": x})
+
+
+def types(ctx: PassContext) -> list[str]:
+    return [node.op_type for node in ctx.model.graph]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("text", [NORMED, RESIDUAL])
+def test_the_float_function_stays(text: str, seed: int) -> None:
+    x = inputs(seed)
+    ctx = context(text, outlier_weights(seed), x)
+    before = outputs(ctx.model, x)
+    run_passes([Migrate(min_gain_mul_db=0.5)], ctx, verify_graph)
+    for a, b in zip(before, outputs(ctx.model, x), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def test_a_factor_folds_into_a_normalization_that_nobody_else_reads() -> None:
+    ctx = context(NORMED, outlier_weights(0), inputs())
+    gamma = ir.constant(ctx.model.graph.initializers["gamma"])
+    run_passes([Migrate()], ctx, verify_graph)
+    assert types(ctx) == ["LayerNormalization", "MatMul", "MatMul"]
+    assert not np.array_equal(ir.constant(ctx.model.graph.initializers["gamma"]), gamma)
+
+
+def test_a_factor_costs_a_mul_where_others_read_the_value() -> None:
+    ctx = context(RESIDUAL, outlier_weights(0), inputs())
+    run_passes([Migrate()], ctx, verify_graph)
+    assert sorted(types(ctx)) == ["Add", "LayerNormalization", "MatMul", "Mul"]
+    add = next(node for node in ctx.model.graph if node.op_type == "Add")
+    assert add.inputs[0].name == "n", "the residual must read the value as it was"
+
+
+def test_a_gemm_with_a_transposed_weight() -> None:
+    rng = np.random.default_rng(1)
+    scale = 10 ** rng.uniform(-1, 1, D)
+    x = (inputs(2, (64, D)) * scale).astype(np.float32)
+    weights = {"w1": rng.standard_normal((O, D)).astype(np.float32), "b": rng.standard_normal(O).astype(np.float32)}
+    ctx = context(GEMM, weights, x)
+    before = outputs(ctx.model, x)[0]
+    run_passes([Migrate()], ctx, verify_graph)
+    assert "Mul" in types(ctx)
+    np.testing.assert_allclose(outputs(ctx.model, x)[0], before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("seed", range(3))
+def test_quantization_error_falls(seed: int, target: str) -> None:
+    """On samples that no statistic has seen, against plain insert-qdq on the same model."""
+    unseen, error = inputs(100 + seed), {}
+    for name, first in (("plain", []), ("migrated", [Migrate()])):
+        ctx = context(NORMED, outlier_weights(seed, spread=3.0), inputs(seed), target)
+        reference = outputs(ctx.model, unseen)[0]
+        run_passes([Normalize(), *first, InsertQdq(float_budget=0.0)], ctx, verify_graph)
+        error[name] = float(np.mean((outputs(ctx.model, unseen)[0] - reference) ** 2))
+    assert error["migrated"] < 0.8 * error["plain"]
+
+
+def test_even_channels_are_left_alone() -> None:
+    weights = outlier_weights(0, spread=0.0)
+    with pytest.raises(RecipeError, match="changed nothing"):
+        run_passes([Migrate(min_gain_db=1.0)], context(NORMED, weights, inputs()), verify_graph)
+
+
+def test_excluded_layers_are_left_alone() -> None:
+    with pytest.raises(RecipeError, match="changed nothing"):
+        run_passes([Migrate(exclude=("*",))], context(NORMED, outlier_weights(0), inputs()), verify_graph)
+
+
+def test_ranges_follow_without_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What insert-qdq wants to know was found out already: no further pass over the calibration set."""
+    from graphq import pipeline
+
+    runs: list[int] = []
+    fold = pipeline.fold
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return fold(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "fold", counted)
+    ctx = context(NORMED, outlier_weights(0), inputs())
+    run_passes([Normalize(), Migrate(), InsertQdq()], ctx, verify_graph)
+    assert len(runs) == 1
+
+
+def test_assumed_ranges_are_the_measured_ones() -> None:
+    from graphq.observers import Range
+
+    ctx = context(RESIDUAL, outlier_weights(3), inputs(3))
+    run_passes([Migrate()], ctx, verify_graph)
+    scaled = next(node for node in ctx.model.graph if node.op_type == "Mul").outputs[0].name
+    observer = Range(scaled)
+    assumed = ctx.observe([observer])[observer]
+    ctx._stats.clear()
+    measured = ctx.observe([observer])[observer]
+    assert float(assumed["low"]) == pytest.approx(float(measured["low"]), rel=1e-5)
+    assert float(assumed["high"]) == pytest.approx(float(measured["high"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_factors_are_the_formula(alpha: float) -> None:
+    rng = np.random.default_rng(0)
+    low, high = -rng.uniform(0.1, 5, D), rng.uniform(0.1, 5, D)
+    weight = rng.standard_normal((D, O)).astype(np.float32)
+    k = math.factors(low, high, [weight], alpha)
+    expected = np.maximum(-low, high) ** alpha / np.abs(weight).max(1) ** (1 - alpha)
+    np.testing.assert_allclose(k / k[0], expected / expected[0], rtol=1e-4)
+    assert np.exp(np.log(k).mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_search_reports_the_gain_it_measured() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((128, D)) * 10 ** rng.uniform(-1, 1, D)).astype(np.float32)
+    weight = rng.standard_normal((D, O)).astype(np.float32)
+    low, high = x.min(0).astype(float), x.max(0).astype(float)
+    k, gain = math.search(x, [weight], low, high, ACTIVATION)
+    plain, moved = (math.noise(x, [weight], one, low, high, ACTIVATION) for one in (np.ones(D, np.float32), k))
+    assert gain == pytest.approx(10 * np.log10(plain / moved))
+    assert gain > 3
