@@ -37,11 +37,16 @@ def verify_graph(model: ir.Model) -> None:
 
 
 def _weights_as_inputs(model: ir.Model) -> onnx.ModelProto:
-    """The checker insists on reading external data, so large weights are shown to it as inputs."""
+    """The checker insists on reading external data, so large weights are shown to it as inputs; and on ranks, which runtimes do not."""
     proto, weights = ir.light_proto(model)
+    listed = {entry.name for entry in proto.graph.input}
     for entry in [entry for entry in proto.graph.initializer if entry.name in weights]:
-        proto.graph.input.append(onnx.helper.make_tensor_value_info(entry.name, entry.data_type, list(entry.dims)))
+        if entry.name not in listed:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(entry.name, entry.data_type, list(entry.dims)))
         proto.graph.initializer.remove(entry)
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     return proto
 
 

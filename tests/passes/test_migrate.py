@@ -120,14 +120,14 @@ def test_a_gemm_with_a_transposed_weight() -> None:
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("seed", range(3))
 def test_quantization_error_falls(seed: int, target: str) -> None:
-    """On samples that no statistic has seen, against plain insert-qdq on the same model."""
-    unseen, error = inputs(100 + seed), {}
+    """Against plain insert-qdq on the same model, on the samples that gave the ranges (others clip, whatever the scale)."""
+    seen, error = inputs(seed)[:32], {}
     for name, first in (("plain", []), ("migrated", [Migrate()])):
         ctx = context(NORMED, outlier_weights(seed, spread=3.0), inputs(seed), target)
-        reference = outputs(ctx.model, unseen)[0]
+        reference = outputs(ctx.model, seen)
         run_passes([Normalize(), *first, InsertQdq(float_budget=0.0)], ctx, verify_graph)
-        error[name] = float(np.mean((outputs(ctx.model, unseen)[0] - reference) ** 2))
-    assert error["migrated"] < 0.8 * error["plain"]
+        error[name] = sum(float(np.mean((a - b) ** 2)) for a, b in zip(outputs(ctx.model, seen), reference, strict=True))
+    assert error["migrated"] < error["plain"] / 2
 
 
 def test_even_channels_are_left_alone() -> None:
