@@ -161,7 +161,8 @@ def ranges_table(rows: Rows) -> list[str]:
                 ])  # fmt: skip
     return ["## Range estimators, recipe int8", "",
             f"Medians over rounds; ratios are within a round. Bars: time at most {TIME_BAR} x min-max, memory at most {MEMORY_BAR} x "
-            f"min-max and {MEMORY_BAR} x that of 64 images. Images and their file are read inside the conversion.", "", *table(cells)]  # fmt: skip
+            f"min-max and {MEMORY_BAR} x that of 64 images. The calibration file is read inside the "
+            "conversion.", "", *table(cells)]  # fmt: skip
 
 
 def chain_table(rows: Rows) -> list[str]:

@@ -16,6 +16,10 @@ from graphq.spec import PerAxis, QuantSpec
 from graphq.targets import Target
 
 
+GROUP_OPSET = 21
+"""From here on DequantizeLinear knows groups."""
+
+
 @pass_options
 class QuantizeWeights(Pass):
     """Stores the weights of linear layers as integers with one DequantizeLinear each.
@@ -49,7 +53,7 @@ class QuantizeWeights(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(_spec(self.bits).opset)
+        ctx.edit.raise_opset(max(_spec(self.bits).opset, GROUP_OPSET if self.group_size else 0))
         for node in self._nodes(model):
             spec = self._format(node)
             if isinstance(spec, str):

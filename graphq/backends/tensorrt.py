@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from graphq import ir
 from graphq.backends import files
@@ -62,8 +62,8 @@ def parse(model: ir.Model, target: Target) -> list[str]:
 
     The parser stops at the first node that it cannot import, so a second fault may show only when the first is gone.
     """
-    with _saved(model) as file:
-        return Network(file, target).refusals(model)
+    with _saved(model) as file, Network(file, target) as network:
+        return network.refusals(model)
 
 
 def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Progress = no_progress, model: ir.Model | None = None) -> Any:
@@ -76,8 +76,14 @@ def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Pro
         progress: Called with each step of the builder.
         model: The same model in memory, to describe nodes in errors.
     """
-    network = Network(file, target)
-    refusals = network.refusals(model)
+    with Network(file, target) as network:
+        refusals = network.refusals(model)
+        engine = None
+        if not refusals:
+            engine = network.build(shapes, progress, PROFILE_LEAST)
+            if network.has_open_sizes and not network.log.stopped_by and (engine is None or network.log.has_bad_minimum):
+                network.log.errors.clear()
+                engine = network.build(shapes, progress, None)
     if refusals:
         more = f" (and {len(refusals) - SHOWN} more)" if len(refusals) > SHOWN else ""
         raise TargetError(
@@ -85,10 +91,8 @@ def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Pro
             expected=f"operators that {target.name} implements, quantized symmetrically to INT8 or INT4",
             hint="export the model without this operator or with another opset, or choose another target, such as --target onnxruntime",
         )  # fmt: skip
-    engine = network.build(shapes, progress, PROFILE_LEAST)
-    if network.has_open_sizes and (engine is None or network.log.has_bad_minimum):
-        network.log.errors.clear()
-        engine = network.build(shapes, progress, None)
+    if network.log.stopped_by is not None:
+        raise network.log.stopped_by
     if engine is None:
         raise TargetError(
             f"The builder of {target.name} failed.", where=network.log.last_error,
@@ -98,23 +102,34 @@ def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Pro
 
 
 class Network:
-    """One model file in the hands of the parser and the builder, which stay alive together."""
+    """One model file in the hands of the parser and the builder, which live together until the `with` block ends.
+
+    They must not wait for the garbage collector: it can run inside a callback of the next builder, which holds a lock
+    that destroying this one takes as well, and the process hangs. A traceback that keeps frames is enough for that.
+    """
 
     def __init__(self, file: Path, target: Target) -> None:
         self.trt = trt = _load(target)
         self.log = _make_log(trt)
         try:
-            self.builder = trt.Builder(self.log)
+            self.builder: Any = trt.Builder(self.log)
         except (TypeError, RuntimeError) as error:  # the bindings' word for "no object was made"
             raise TargetError(
                 f"{target.name} cannot start on this machine.", where=self.log.last_error or str(error),
                 expected="an NVIDIA GPU with a driver that is new enough" if target.name == "tensorrt" else "",
                 hint="run graphq on the machine where the engine shall run, or use --emit onnx here",
             ) from error  # fmt: skip
-        self.definition = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self.parser = trt.OnnxParser(self.definition, self.log)
+        self.definition: Any = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self.parser: Any = trt.OnnxParser(self.definition, self.log)
         self.parsed = self.parser.parse_from_file(str(file))
         self.inputs = [self.definition.get_input(index) for index in range(self.definition.num_inputs)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.inputs = []
+        self.parser = self.definition = self.builder = None
 
     def refusals(self, model: ir.Model | None) -> list[str]:
         """The parser's errors, each with its node, described as in the rest of graphq if `model` knows it."""
@@ -139,10 +154,7 @@ class Network:
             for name, axes in ranges.items():
                 profile.set_shape(name, *zip(*axes, strict=True))
             config.add_optimization_profile(profile)
-        engine = self.builder.build_serialized_network(self.definition, config)
-        if self.log.stopped_by is not None:
-            raise self.log.stopped_by
-        return engine
+        return self.builder.build_serialized_network(self.definition, config)
 
     def ranges(self, shapes: Mapping[str, Shape], least: int | None) -> dict[str, list[tuple[int, int, int]]]:
         """(smallest, best, largest) size of each axis of the inputs with open axes."""

@@ -178,23 +178,20 @@ def test_a_lookup_of_integer_rows_fails_in_the_builder(tmp_path: Path) -> None:
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
-MASKED = f"""{HEAD} g (float[batch, seq, 4] x, float[batch, seq, 1] mask, float[seq, 1] place, float[2, 4] fixed) => (float[batch, seq, 2] y)
-    {{ a = Mul(x, mask)  b = Add(a, place)  t = Transpose(fixed)  y = MatMul(b, t) }}"""
+MASKED = f"""{HEAD}
+    g (float[batch, seq, 4] x, float[batch, seq, 1] mask, float[1, batch] bias, float[2, 4] fixed) => (float[batch, seq, 2] y)
+    {{ a = Mul(x, mask)  t = Transpose(fixed)  b = MatMul(a, t)  c = ReduceMax<keepdims = 1>(bias)  y = Add(b, c) }}"""
 
 
 @needs_rtx
 def test_ranges_of_open_axes(tmp_path: Path) -> None:
-    ir.save(ir.from_onnx_text(MASKED), tmp_path / "m.onnx")
-    network = tensorrt.Network(tmp_path / "m.onnx", RTX)
-    shapes = {"x": (1, 9, 4), "mask": (1, 9, 1), "place": (9, 1), "fixed": (2, 4)}
     batch, length = tensorrt.PROFILE_BATCH, (1, 9, 9)
-    found = network.ranges(shapes, tensorrt.PROFILE_LEAST)
-    assert network.has_open_sizes is False  # `seq` stands first on `place`, so it counts as a batch
-    assert found == {"x": [batch, batch, (4, 4, 4)], "mask": [batch, batch, (1, 1, 1)], "place": [batch, (1, 1, 1)]}
-    ir.save(matmul(), tmp_path / "m.onnx")
-    network = tensorrt.Network(tmp_path / "m.onnx", RTX)
-    assert network.has_open_sizes and network.ranges({"x": (1, 9, 4)}, 1) == {"x": [batch, length, (4, 4, 4)]}
-    assert network.ranges({"x": (1, 9, 4)}, None) == {"x": [batch, (9, 9, 9), (4, 4, 4)]}
+    ir.save(ir.from_onnx_text(MASKED), tmp_path / "m.onnx")
+    with tensorrt.Network(tmp_path / "m.onnx", RTX) as network:
+        found = network.ranges({"x": (1, 9, 4), "mask": (1, 9, 1), "bias": (1, 1)}, tensorrt.PROFILE_LEAST)
+        assert network.has_open_sizes
+        assert found == {"x": [batch, length, (4, 4, 4)], "mask": [batch, length, (1, 1, 1)], "bias": [(1, 1, 1), batch]}
+        assert network.ranges({"x": (1, 9, 4), "mask": (1, 9, 1), "bias": (1, 1)}, None)["x"] == [batch, (9, 9, 9), (4, 4, 4)]
 
 
 @needs_rtx
@@ -232,6 +229,20 @@ def test_an_interrupted_build_stops_and_leaves_no_file(tmp_path: Path, capfd: py
     with pytest.raises(KeyboardInterrupt):
         emit(conv(), tmp_path, interrupt)
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_native_objects_are_gone_while_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that the garbage collector destroys inside a log callback of the next one hangs the process."""
+    made: list[tensorrt.Network] = []
+    start = tensorrt.Network.__init__
+    monkeypatch.setattr(tensorrt.Network, "__init__", lambda self, *rest: (made.append(self), start(self, *rest))[1])
+    with pytest.raises(TargetError) as caught:
+        emit(conv(zero=3), tmp_path)
+    with pytest.raises(TargetError):
+        emit(table("after"), tmp_path)
+    assert caught.tb and len(made) == 2
+    assert [(one.parser, one.definition, one.builder, one.inputs) for one in made] == [(None, None, None, [])] * 2
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])

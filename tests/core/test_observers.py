@@ -12,10 +12,7 @@ from graphq.observers import ChannelRange, Gram, Histogram, Moments, Range, Tap,
 def batches(seed, scale_spread=3.0):
     """Heavy-tailed batches of different sizes and scales, one of them all zero, one empty."""
     rng = np.random.default_rng(seed)
-    result = [
-        (rng.standard_t(2, (rng.integers(1, 9), 5, 4)) * 10 ** rng.normal(0, scale_spread)).astype(np.float32)
-        for _ in range(12)
-    ]
+    result = [(rng.standard_t(2, (rng.integers(1, 9), 5, 4)) * 10 ** rng.normal(0, scale_spread)).astype(np.float32) for _ in range(12)]
     return [*result, np.zeros((2, 5, 4), np.float32), np.zeros((0, 5, 4), np.float32)]
 
 

@@ -70,9 +70,7 @@ def qdq_model(spec, qparams):
         helper.make_tensor_value_info("codes", TensorProto.INT32, None),
         helper.make_tensor_value_info("floats", TensorProto.FLOAT, None),
     ]
-    graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)], outputs, [scale, zero]
-    )
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)], outputs, [scale, zero])
     opset = 25 if spec.bits == 2 else 21
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=13 if opset > 21 else 10)
 

@@ -182,7 +182,9 @@ def test_every_model_with_constant_weights(chunk: int, tmp_path: Path, record_pr
         try:
             onnx.save(proto, path)
             found = attempt(path, out, feeds, INT8)
-            counts[f"int8: {f'converted, {sum(found.quantized.values())} nodes quantized' if isinstance(found, Report) else reason(found)}"] += 1
+            counts[
+                f"int8: {f'converted, {sum(found.quantized.values())} nodes quantized' if isinstance(found, Report) else reason(found)}"
+            ] += 1
             if isinstance(found, Report) and min(entry.sqnr_db for entry in found.comparison) < 20:
                 faults.append(f"{case.name}: {found.comparison}")
             before = outputs(path, feeds)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import graphq
-from graphq import ir
 from graphq.models import digits, onnx_path
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
@@ -24,7 +23,8 @@ def to_engine(model: Path, folder: Path, recipe: str, calib: Mapping[str, np.nda
     out = folder / "m.engine"
     report = graphq.convert(model, out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
     engine = out.read_bytes()
-    assert engine.startswith(b"vtrt") and report.output.bytes == len(engine)
+    assert engine.startswith(b"vtrt") and len(engine) > 100_000  # compiled code alone is more than that
+    assert report.output.bytes == len(engine)
     assert report.quantized and model.read_bytes() == before
     assert list(folder.iterdir()) == [out]
     return engine
@@ -33,9 +33,7 @@ def to_engine(model: Path, folder: Path, recipe: str, calib: Mapping[str, np.nda
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["digits_vit", "digits_cnn"])
 def test_digits(name: str, recipe: str, tmp_path: Path) -> None:
-    calib = {"input": digits.calibration(32)}
-    # An engine holds compiled code besides its weights, hundreds of kilobytes of it.
-    assert len(to_engine(onnx_path(name), tmp_path, recipe, calib)) > ir.initializer_bytes(ir.load(onnx_path(name))) / 8
+    to_engine(onnx_path(name), tmp_path, recipe, {"input": digits.calibration(32)})
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,7 @@ def test_file_is_legal_small_and_self_contained(name: str) -> None:
 def test_interface_is_input_to_logits_with_dynamic_batch(name: str) -> None:
     graph = onnx.load(onnx_path(name)).graph
     shapes = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.output)
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.output)
     }
     assert shapes == {"input": ["batch", 1, 32, 32], "logits": ["batch", 10]}
 

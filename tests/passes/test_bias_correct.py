@@ -35,7 +35,9 @@ def build(text: str, **weights: np.ndarray) -> ir.Model:
     return onnx_ir.from_proto(proto)
 
 
-def correct(model: ir.Model, x: np.ndarray, *passes: Pass, target: str = "onnxruntime", **options: Any) -> tuple[ir.Model, PassRecord, ir.Model]:
+def correct(
+    model: ir.Model, x: np.ndarray, *passes: Pass, target: str = "onnxruntime", **options: Any
+) -> tuple[ir.Model, PassRecord, ir.Model]:
     """The corrected model, what the pass did, and the model before it."""
     model, data = ir.clone(model), open_calibration({"x": x}, ir.inputs(model))
 
@@ -54,7 +56,7 @@ def values(model: ir.Model, x: np.ndarray, names: list[str]) -> list[np.ndarray]
 
 def shifts(model: ir.Model, result: ir.Model, x: np.ndarray, layer: str) -> np.ndarray:
     """Mean error of each channel of the output of `layer`, behind the Add that holds its bias if one does."""
-    node = next(node for node in model.graph if node.name == layer)
+    node = next(node for node in model.graph if node.outputs[0].name == layer)
     a, b = values(model, x, [layer])[0], values(result, x, [layer])[0]
     axis = linear.channel_axis(node) if node.op_type in linear.LINEAR_OPS else -1
     return np.asarray(channel_mean([b - a.astype(np.float64)], axis))
@@ -104,7 +106,9 @@ def test_int32_biases(case: str) -> None:
     scale = ir.constant(bias.inputs[1])
     assert scale is not None
     reference = values(model, x, ["y"])[0]
-    old, new = (channel_mean([values(one, x, [plain])[0] - reference.astype(np.float64)], linear.channel_axis(node)) for one in (before, result))
+    old, new = (
+        channel_mean([values(one, x, [plain])[0] - reference.astype(np.float64)], linear.channel_axis(node)) for one in (before, result)
+    )
     assert (np.abs(new) <= 0.5001 * scale + 1e-6 * np.abs(reference).max()).all() and np.abs(new).max() < 0.1 * np.abs(old).max()
 
 
@@ -188,6 +192,8 @@ def test_float_layers_are_not_touched() -> None:
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_channel_mean(axis: int) -> None:
     batches = [floats(4, 3, 5), floats(4, 3, 5)]
-    expected = np.moveaxis(np.concatenate([np.moveaxis(one, axis, -1).reshape(-1, one.shape[axis]) for one in batches]), 0, 0).mean(0, dtype=np.float64)
+    expected = np.moveaxis(np.concatenate([np.moveaxis(one, axis, -1).reshape(-1, one.shape[axis]) for one in batches]), 0, 0).mean(
+        0, dtype=np.float64
+    )
     np.testing.assert_allclose(channel_mean(batches, axis), expected, atol=1e-12)
     assert not channel_mean([np.zeros((0, 3), np.float32)], -1).any()

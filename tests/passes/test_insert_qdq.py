@@ -238,7 +238,10 @@ def test_biases_of_gemm(target: str, bias: tuple[int, ...], alpha_beta: tuple[fl
 
 def deep(bad: float) -> tuple[onnx.ModelProto, Feeds]:
     """Ten layers of the same work; the input of the third has an outlier channel that its weight hardly reads."""
-    text = " ".join(f"[l{k}] h{k} = MatMul({f't{k - 1}' if k else 'x'}, w{k}) t{k} = {'Mul(h2, spread)' if k == 2 else f'Tanh(h{k})'}" for k in range(10))
+    text = " ".join(
+        f"[l{k}] h{k} = MatMul({f't{k - 1}' if k else 'x'}, w{k}) t{k} = {'Mul(h2, spread)' if k == 2 else f'Tanh(h{k})'}"
+        for k in range(10)
+    )
     spread = np.ones(16, np.float32)
     spread[0] = bad
     weights = {f"w{k}": floats(16, 16) / 4 for k in range(10)}
@@ -308,7 +311,15 @@ def test_quantizing_twice_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"ranges": "best"}, {"percentile": 50}, {"percentile": 101}, {"float_budget": 1.1}, {"min_sqnr_db": -1}, {"error_samples": -1}, {"bits": 4}],
+    [
+        {"ranges": "best"},
+        {"percentile": 50},
+        {"percentile": 101},
+        {"float_budget": 1.1},
+        {"min_sqnr_db": -1},
+        {"error_samples": -1},
+        {"bits": 4},
+    ],
 )
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -443,7 +454,9 @@ def test_dead_inputs_and_all_zero_weights(target: str) -> None:
 @pytest.mark.parametrize("batch", ["1", "3", "N"])
 @pytest.mark.parametrize("size", ["8", "H"])
 def test_fixed_and_open_dimensions(batch: str, size: str) -> None:
-    text = f"g (float[{batch}, 4, {size}, {size}] x) => (float[{batch}, 4, {size}, {size}] y) {{ a = Conv(x, w) r = Relu(a) y = Conv(r, w) }}"
+    text = (
+        f"g (float[{batch}, 4, {size}, {size}] x) => (float[{batch}, 4, {size}, {size}] y) {{ a = Conv(x, w) r = Relu(a) y = Conv(r, w) }}"
+    )
     proto, feeds = build(text, w=floats(4, 4, 1, 1)), {"x": floats(6, 4, 8, 8)}
     model, _ = quantize(proto, feeds)
     assert len(integer_layers(model)) == 2 and ir.inputs(model) == ir.inputs(onnx_ir.from_proto(proto))

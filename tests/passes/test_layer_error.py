@@ -44,7 +44,10 @@ def measure(model: ir.Model, calib: CalibrationSet, weight: QuantSpec = WEIGHT) 
     anchors = [node for node in model.graph if linear.is_linear(node)]
     names = list(dict.fromkeys(linear.data_of(node).name or "" for node in anchors))
     arrays = Executor(model, [Fetch(name) for name in names]).run(next(calib.batches(len(calib))))
-    found = {name: (ACTIVATION, Uniform(ACTIVATION).fit(float(array.min()), float(array.max()))) for name, array in zip(names, arrays, strict=True)}
+    found = {
+        name: (ACTIVATION, Uniform(ACTIVATION).fit(float(array.min()), float(array.max())))
+        for name, array in zip(names, arrays, strict=True)
+    }
     return _layer_error.measure(model, anchors, found, weight, calib)
 
 
@@ -121,7 +124,10 @@ def test_the_model_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("text", "arrays"),
     [
-        ("g (float[N, 8] x, int64[N] to) => (float[] y) { t = Reshape(x, to) [fc] y = MatMul(t, w) }", {"x": floats(2, 8), "to": np.array([-1, 8])}),
+        (
+            "g (float[N, 8] x, int64[N] to) => (float[] y) { t = Reshape(x, to) [fc] y = MatMul(t, w) }",
+            {"x": floats(2, 8), "to": np.array([-1, 8])},
+        ),
         ("g (float[8] x) => (float[] y) { [fc] y = MatMul(x, w) }", {"x": floats(8)}),
     ],
 )

@@ -21,7 +21,7 @@ from graphq.spec import QuantSpec
 from graphq.targets import get_target
 from graphq.verify import verify_graph
 
-D, O = 32, 24
+D, WIDTH = 32, 24
 ACTIVATION = QuantSpec(8, signed=False, symmetric=False)
 
 NORMED = """
@@ -51,8 +51,8 @@ def outlier_weights(seed: int, spread: float = 2.0) -> dict[str, np.ndarray]:
     return {
         "gamma": gamma,
         "beta": (gamma * rng.standard_normal(D)).astype(np.float32),
-        "w1": (rng.standard_normal((D, O)) / np.sqrt(D)).astype(np.float32),
-        "w2": (rng.standard_normal((D, O)) / np.sqrt(D)).astype(np.float32),
+        "w1": (rng.standard_normal((D, WIDTH)) / np.sqrt(D)).astype(np.float32),
+        "w2": (rng.standard_normal((D, WIDTH)) / np.sqrt(D)).astype(np.float32),
     }
 
 
@@ -109,7 +109,7 @@ def test_a_gemm_with_a_transposed_weight() -> None:
     rng = np.random.default_rng(1)
     scale = 10 ** rng.uniform(-1, 1, D)
     x = (inputs(2, (64, D)) * scale).astype(np.float32)
-    weights = {"w1": rng.standard_normal((O, D)).astype(np.float32), "b": rng.standard_normal(O).astype(np.float32)}
+    weights = {"w1": rng.standard_normal((WIDTH, D)).astype(np.float32), "b": rng.standard_normal(WIDTH).astype(np.float32)}
     ctx = context(GEMM, weights, x)
     before = outputs(ctx.model, x)[0]
     run_passes([Migrate()], ctx, verify_graph)
@@ -176,7 +176,7 @@ def test_assumed_ranges_are_the_measured_ones() -> None:
 def test_factors_are_the_formula(alpha: float) -> None:
     rng = np.random.default_rng(0)
     low, high = -rng.uniform(0.1, 5, D), rng.uniform(0.1, 5, D)
-    weight = rng.standard_normal((D, O)).astype(np.float32)
+    weight = rng.standard_normal((D, WIDTH)).astype(np.float32)
     k = math.factors(low, high, [weight], alpha)
     expected = np.maximum(-low, high) ** alpha / np.abs(weight).max(1) ** (1 - alpha)
     np.testing.assert_allclose(k / k[0], expected / expected[0], rtol=1e-4)
@@ -186,7 +186,7 @@ def test_factors_are_the_formula(alpha: float) -> None:
 def test_search_reports_the_gain_it_measured() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((128, D)) * 10 ** rng.uniform(-1, 1, D)).astype(np.float32)
-    weight = rng.standard_normal((D, O)).astype(np.float32)
+    weight = rng.standard_normal((D, WIDTH)).astype(np.float32)
     low, high = x.min(0).astype(float), x.max(0).astype(float)
     k, gain = math.search(x, [weight], low, high, ACTIVATION)
     plain, moved = (math.noise(x, [weight], one, low, high, ACTIVATION) for one in (np.ones(D, np.float32), k))

@@ -90,6 +90,7 @@ def reasons(record: PassRecord) -> str:
 
 def dump(model: ir.Model) -> str:
     """The graph as lines: one an input, a weight (type, shape, sum), a node and an output."""
+
     def line(value: ir.Value) -> str:
         dims = ir.shape_of(value)
         return f"{value.name}: {value.dtype}{'?' if dims is None else list(dims)}"

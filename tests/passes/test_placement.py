@@ -91,7 +91,13 @@ TWO = f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [stem_conv] a = Conv(x, w) [head
 
 @pytest.mark.parametrize(
     ("exclude", "left"),
-    [((), ["stem_conv", "head_conv", "last"]), (("stem_*",), ["head_conv", "last"]), (("*_conv",), ["last"]), (("Conv",), []), (("nothing",), 3)],
+    [
+        ((), ["stem_conv", "head_conv", "last"]),
+        (("stem_*",), ["head_conv", "last"]),
+        (("*_conv",), ["last"]),
+        (("Conv",), []),
+        (("nothing",), 3),
+    ],
 )
 def test_excluded_by_pattern(exclude: tuple[str, ...], left: list[str] | int) -> None:
     plan = place(build(TWO, w=floats(4, 4, 1, 1)), exclude=exclude)
@@ -123,7 +129,9 @@ def test_operators_of_other_domains_are_nobodys_business() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_value_that_two_layers_read_is_quantized_once(target: str) -> None:
-    plan = place(build("g (float[N, 4] x) => (float[N, 4] y) { [q] a = MatMul(x, w) [k] b = MatMul(x, w) y = Mul(a, b) }", w=floats(4, 4)), target)
+    plan = place(
+        build("g (float[N, 4] x) => (float[N, 4] y) { [q] a = MatMul(x, w) [k] b = MatMul(x, w) y = Mul(a, b) }", w=floats(4, 4)), target
+    )
     assert readers(plan) == {"x": [("q", 0), ("k", 0)]} and not plan.whole
 
 
@@ -132,8 +140,12 @@ def test_float_readers_of_a_layers_input_keep_reading_floats() -> None:
     assert readers(plan) == {"x": [("fc", 0)]}
 
 
-RESIDUAL_CONV = f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [a] a = Conv(x, w) r = Relu(a) [b] b = Conv(r, w) [sum] s = Add(b, r) [c] y = Conv(s, w) }}"
-RESIDUAL_MATMUL = "g (float[N, 4] x) => (float[N, 4] y) { [a] a = MatMul(x, w) [b] b = MatMul(a, w) [sum] s = Add(b, a) [c] y = MatMul(s, w) }"
+RESIDUAL_CONV = (
+    f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [a] a = Conv(x, w) r = Relu(a) [b] b = Conv(r, w) [sum] s = Add(b, r) [c] y = Conv(s, w) }}"
+)
+RESIDUAL_MATMUL = (
+    "g (float[N, 4] x) => (float[N, 4] y) { [a] a = MatMul(x, w) [b] b = MatMul(a, w) [sum] s = Add(b, a) [c] y = MatMul(s, w) }"
+)
 
 
 def test_residual_add_is_integer_behind_convolutions() -> None:

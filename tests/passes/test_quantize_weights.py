@@ -63,7 +63,9 @@ def dump(model: ir.Model) -> str:
         rows.append(f"{name}: {value.dtype}{list(array.shape)} sum {float(array.astype(np.float64).sum()):.3g}")
     for node in model.graph:
         attributes = [f" {key}={ir.attribute(node, key)}" for key in ("axis", "block_size") if key in node.attributes]
-        rows.append(f"[{node.name}] {node.outputs[0].name} = {node.op_type}({', '.join(v.name or '-' for v in node.inputs if v)}){''.join(attributes)}")
+        rows.append(
+            f"[{node.name}] {node.outputs[0].name} = {node.op_type}({', '.join(v.name or '-' for v in node.inputs if v)}){''.join(attributes)}"
+        )
     return "\n".join([f"opset {ir.opset(model)}", *rows, ""])
 
 
@@ -138,7 +140,9 @@ def test_sizes(bits: int, group_size: int, share: float) -> None:
     model, _ = quantize(proto, bits=bits, group_size=group_size)
     before, after = qdq.quantized_weight_bytes(model)
     assert before == 4 * 256 * 128 and after <= share * before
-    assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) == after and all(value.uses() for value in model.graph.initializers.values())
+    assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) == after and all(
+        value.uses() for value in model.graph.initializers.values()
+    )
 
 
 REFUSED: dict[str, tuple[str, dict[str, np.ndarray], dict[str, Any], str]] = {
