@@ -73,7 +73,8 @@ def measure_ranges(folder: Path, rounds: int) -> Rows:
                     out = folder / f"{ranges}.onnx"
                     answer = ask("convert", ASSETS / "models" / f"{model}.onnx", calib, ranges, out)
                     rows.append({"part": "ranges", "model": model, "case": ranges, "size": images, "round": index} | answer)
-                    note(f"{model} {images} images {ranges}: {answer['seconds']:.2f} s, {answer['peak_mb']:.0f} MB")
+                    spent = f"{answer['seconds']:.2f} s, {answer['cpu_s']:.1f} s CPU, {answer['peak_mb']:.0f} MB"
+                    note(f"{model} {images} images {ranges}: {spent}")
             for ranges in RANGES[1:]:
                 answer = ask("scales", folder / "min-max.onnx", folder / f"{ranges}.onnx")
                 rows.append({"part": "scales", "model": model, "case": ranges, "size": images} | answer)
@@ -144,8 +145,8 @@ def ratio(rows: Rows, base: Rows, key: str) -> float:
 
 
 def ranges_table(rows: Rows) -> list[str]:
-    cells = [["model", "images", "ranges", "s", "s / min-max", "peak MB", "MB / min-max", "MB / 64 images", "scales that differ"]]
-    cells[0].append("narrower")
+    cells = [["model", "images", "ranges", "s", "s / min-max", "CPU s", "CPU / min-max"]]
+    cells[0] += ["peak MB", "MB / min-max", "MB / 64 images", "scales that differ", "narrower"]
     for model in MODELS:
         for images in IMAGES:
             base = chosen(rows, part="ranges", model=model, size=images, case="min-max")
@@ -156,13 +157,14 @@ def ranges_table(rows: Rows) -> list[str]:
                 scales = [f"{row['differ']} of {row['common']}" for row in found] + [str(row["narrower"]) for row in found]
                 cells.append([
                     model, str(images), ranges, f"{median(own, 'seconds'):.2f}", verdict(ratio(own, base, "seconds"), TIME_BAR),
+                    f"{median(own, 'cpu_s'):.1f}", f"{ratio(own, base, 'cpu_s'):.2f}",
                     f"{median(own, 'peak_mb'):.0f}", verdict(ratio(own, base, "peak_mb"), MEMORY_BAR),
                     verdict(ratio(own, few, "peak_mb"), MEMORY_BAR), *(scales or ["", ""]),
                 ])  # fmt: skip
     return ["## Range estimators, recipe int8", "",
             f"Medians over rounds; ratios are within a round. Bars: time at most {TIME_BAR} x min-max, memory at most {MEMORY_BAR} x "
             f"min-max and {MEMORY_BAR} x that of 64 images. The calibration file is read inside the "
-            "conversion.", "", *table(cells)]  # fmt: skip
+            "conversion. CPU seconds, of all threads, vary less with what else runs on the machine.", "", *table(cells)]  # fmt: skip
 
 
 def chain_table(rows: Rows) -> list[str]:

@@ -15,7 +15,6 @@ from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, QuantSpec
 from graphq.targets import Target
 
-
 GROUP_OPSET = 21
 """From here on DequantizeLinear knows groups."""
 

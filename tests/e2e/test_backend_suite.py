@@ -73,7 +73,9 @@ def attempt(model: Path, out: Path, feeds: Feeds, recipe: Recipe) -> Report | Gr
 def reason(error: GraphqError) -> str:
     """What was refused, without names and numbers."""
     what = re.split("[:;(]", re.sub("'.*?' ?", "", error.what))[0].strip(" .")
-    return f"{type(error).__name__}: {re.sub('[0-9]+', 'N', re.sub(' is [a-z0-9]+ [[].*', ' does not fit', what))}"
+    for pattern, plain in ((r" is [a-z0-9]+ \[.*", " does not fit"), ("[0-9]+", "N")):
+        what = re.sub(pattern, plain, what)
+    return f"{type(error).__name__}: {what}"
 
 
 def normalized(path: Path, out: Path) -> None:

@@ -352,7 +352,7 @@ def test_a_weight_that_two_layers_share(target: str) -> None:
 @pytest.mark.parametrize("target", ["onnxruntime", "generic"])
 def test_a_bias_that_two_layers_share(target: str) -> None:
     """Correcting and quantizing one leaves the other's alone."""
-    text = "g (float[N, 16] x) => (float[N, 16] y) { a = Gemm(x, w, b) t = Relu(a) c = Gemm(t, v, b) u = Neg(c) d = MatMul(u, w) y = Add(d, b) }"
+    text = "g (float[N, 16] x) => (float[] y) { a = Gemm(x, w, b) t = Relu(a) c = Gemm(t, v, b) u = Neg(c) d = MatMul(u, w) y = Add(d, b) }"
     proto, feeds = build(text, w=floats(16, 16), v=floats(16, 16), b=floats(16)), {"x": floats(256, 16)}
     model, _ = quantize(proto, feeds, target, error_samples=256, float_budget=0)
     assert sqnr(run(proto, feeds), run(model, feeds)) > 28
@@ -360,7 +360,8 @@ def test_a_bias_that_two_layers_share(target: str) -> None:
 
 def test_concat_and_max_pool_use_one_scale() -> None:
     text = """g (float[N, 4, 8, 8] x) => (float[N, 4, 4, 4] y) {
-        a = Conv(x, w) b = Conv(x, v) c = Concat <axis = 1> (a, b) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (c) y = Conv(p, u) }"""
+        a = Conv(x, w) b = Conv(x, v) c = Concat <axis = 1> (a, b)
+        p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (c) y = Conv(p, u) }"""
     model, _ = quantize(build(text, w=floats(4, 4, 1, 1), v=9 * floats(4, 4, 1, 1), u=floats(4, 8, 1, 1)), {"x": floats(8, 4, 8, 8)})
     (concat,), (pool,) = ops(model, "Concat"), ops(model, "MaxPool")
     after = [use.node for node in (concat, pool) for use in node.outputs[0].uses()]
@@ -515,8 +516,8 @@ ATTENTION = """g (int64[N, 6] ids, int64[N, 6] attention_mask) => (float[N, 6, 1
 def test_masks_softmax_norms_and_tables_stay_untouched(target: str) -> None:
     """A mask of -3e38 through a quantizer would wipe out everything else."""
     weights = {name: floats(16, 16) / 4 for name in ("wq", "wk", "wv", "wo")}
-    proto = build(ATTENTION, **weights, g=floats(16), table=floats(16, 16), words=floats(50, 16), huge=np.float32(-3e38), unit=np.float32(1),
-                  axis=np.array([1]), zero=np.int64(0), one=np.int64(1))  # fmt: skip
+    proto = build(ATTENTION, **weights, g=floats(16), table=floats(16, 16), words=floats(50, 16), huge=np.float32(-3e38),
+                  unit=np.float32(1), axis=np.array([1]), zero=np.int64(0), one=np.int64(1))  # fmt: skip
     mask = np.ones((32, 6), np.int64)
     mask[:, 4:] = 0
     feeds = {"ids": RNG.integers(0, 50, (32, 6)), "attention_mask": mask}

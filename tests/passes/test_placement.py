@@ -65,15 +65,18 @@ GUARDS: dict[str, tuple[str, dict[str, np.ndarray], str]] = {
                 "not a float32 activation"),
     "double": ("g (double[N, 4] x) => (double[N, 4] y) { [it] y = MatMul(x, w) }", {"w": floats(4, 4).astype(np.float64)},
                "not a float32 activation"),
-    "integers": ("g (int32[N, 4] x) => (int32[N, 4] y) { [it] y = MatMul(x, w) }", {"w": np.ones((4, 4), np.int32)}, "not a float32 activation"),
-    "constant data": ("g (float[N, 4] x) => (float[N, 4] y) { [it] c = MatMul(k, w) y = Add(x, c) }", {"k": floats(1, 4), "w": floats(4, 4)},
+    "integers": ("g (int32[N, 4] x) => (int32[N, 4] y) { [it] y = MatMul(x, w) }", {"w": np.ones((4, 4), np.int32)},
+                 "not a float32 activation"),
+    "constant data": ("g (float[N, 4] x) => (float[N, 4] y) { [it] c = MatMul(k, w) y = Add(x, c) }",
+                      {"k": floats(1, 4), "w": floats(4, 4)},
                       "not a float32 activation"),
     "quantized already": ("""g (float[N, 4] x) => (float[N, 4] y)
         { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) [it] y = MatMul(d, w) }""",
                           {"w": floats(4, 4), "s": np.float32(0.1), "z": np.uint8(3)}, "quantized already"),
     "quantized weight": ("g (float[N, 4] x) => (float[N, 4] y) { w = DequantizeLinear(q, s) [it] y = MatMul(x, w) }",
                          {"q": np.ones((4, 4), np.int8), "s": np.float32(0.1)}, "not a constant"),
-    "no kernel": (f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [it] y = ConvTranspose(x, w) }}", {"w": floats(4, 4, 1, 1)}, "no integer kernel"),
+    "no kernel": (f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [it] y = ConvTranspose(x, w) }}", {"w": floats(4, 4, 1, 1)},
+                  "no integer kernel"),
 }  # fmt: skip
 
 
@@ -86,7 +89,8 @@ def test_refusals(case: str, target: str) -> None:
     assert list(reasons(plan)) == ["it"] and reason in reasons(plan)["it"]
 
 
-TWO = f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [stem_conv] a = Conv(x, w) [head_conv] b = Conv(a, w) [sum] s = Add(a, b) [last] y = Conv(s, w) }}"
+TWO = f"""g ({IMAGE}) => (float[N, 4, 8, 8] y) {{
+    [stem_conv] a = Conv(x, w) [head_conv] b = Conv(a, w) [sum] s = Add(a, b) [last] y = Conv(s, w) }}"""
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,8 @@ def test_what_is_not_fused(body: str, outputs: str, whole: set[str]) -> None:
 
 BROKEN = {
     "constant operand": "[mid] m = Concat <axis = 1> (a, k) [next] y = Conv(m, v)",
-    "two outputs": "[mid] m, i = MaxPool <kernel_shape = [1, 1]> (a) n = Cast <to = 1> (i) o = Concat <axis = 1> (m, n) [next] y = Conv(o, v)",
+    "two outputs": "[mid] m, i = MaxPool <kernel_shape = [1, 1]> (a) "
+                   "n = Cast <to = 1> (i) o = Concat <axis = 1> (m, n) [next] y = Conv(o, v)",
     "float operand": "[mid] m = Concat <axis = 1> (a, x) [next] y = Conv(m, v)",
     "read by floats": "[mid] m = MaxPool <kernel_shape = [1, 1]> (a) y = Softmax(m)",
     "dynamic shape": "h = Shape(x) t = Identity(h) [mid] m = Reshape(a, t) o = Concat <axis = 1> (m, m) [next] y = Conv(o, v)",

@@ -63,9 +63,8 @@ def dump(model: ir.Model) -> str:
         rows.append(f"{name}: {value.dtype}{list(array.shape)} sum {float(array.astype(np.float64).sum()):.3g}")
     for node in model.graph:
         attributes = [f" {key}={ir.attribute(node, key)}" for key in ("axis", "block_size") if key in node.attributes]
-        rows.append(
-            f"[{node.name}] {node.outputs[0].name} = {node.op_type}({', '.join(v.name or '-' for v in node.inputs if v)}){''.join(attributes)}"
-        )
+        operands = ", ".join(value.name or "-" for value in node.inputs if value)
+        rows.append(f"[{node.name}] {node.outputs[0].name} = {node.op_type}({operands}){''.join(attributes)}")
     return "\n".join([f"opset {ir.opset(model)}", *rows, ""])
 
 
@@ -149,9 +148,11 @@ REFUSED: dict[str, tuple[str, dict[str, np.ndarray], dict[str, Any], str]] = {
     "dynamic": ("t = Transpose(x) [it] y = MatMul(x, t)", {}, {}, "not a constant"),
     "vector": ("[it] y = MatMul(x, w)", {"w": floats(6)}, {}, "vector"),
     "stack": ("[it] y = MatMul(x, w)", {"w": floats(2, 6, 4)}, {}, "stack"),
-    "empty": ("e = Slice(x, zero, zero, one) [it] y = MatMul(e, w)", {"w": floats(0, 4), "zero": np.array([0]), "one": np.array([1])}, {}, "empty"),
+    "empty": ("e = Slice(x, zero, zero, one) [it] y = MatMul(e, w)", {"w": floats(0, 4), "zero": np.array([0]), "one": np.array([1])},
+              {}, "empty"),
     "double": ("d = Cast <to = 11> (x) [it] y = MatMul(d, w)", {"w": np.ones((6, 4))}, {}, "not float32"),
-    "quantized": ("w = DequantizeLinear(q, s) [it] y = MatMul(x, w)", {"q": np.ones((6, 4), np.int8), "s": np.float32(2)}, {}, "not a constant"),
+    "quantized": ("w = DequantizeLinear(q, s) [it] y = MatMul(x, w)", {"q": np.ones((6, 4), np.int8), "s": np.float32(2)},
+                  {}, "not a constant"),
     "excluded": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"exclude": ("i?",)}, "excluded by the recipe"),
     "groups": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"group_size": 4}, "its 6 inputs are not a multiple of the group size 4"),
     "kernel": ("[it] y = Conv(x, w)", {"w": floats(4, 6, 1)}, {"group_size": 2}, "kernel positions"),
@@ -181,7 +182,8 @@ def test_only_the_asked_operators() -> None:
 
 def test_a_shared_weight_is_cloned() -> None:
     """Two layers and a float reader: each layer has codes of its own, and the floats stay for the third."""
-    text = "g (float[N, 8] x) => (float[] y) { [a] a = MatMul(x, w) t = Tanh(a) [b] b = Gemm <transB = 1> (t, w) d = ReduceSum(w) y = Add(b, d) }"
+    text = """g (float[N, 8] x) => (float[] y) {
+        [a] a = MatMul(x, w) t = Tanh(a) [b] b = Gemm <transB = 1> (t, w) d = ReduceSum(w) y = Add(b, d) }"""
     proto = build(text, w=floats(8, 8))
     model, _ = quantize(proto)
     first, second = layers(model).values()
@@ -194,7 +196,8 @@ def test_a_shared_weight_is_cloned() -> None:
 
 def test_subgraphs_stay_float() -> None:
     text = """g (float[N, 4] x, bool c) => (float[] y) { [outer] a = MatMul(x, w)
-        y = If(c) < then_branch = left () => (float[] p) { [inner] p = MatMul(a, w) }, else_branch = right () => (float[] q) { q = Neg(a) }> }"""
+        y = If(c) < then_branch = left () => (float[] p) { [inner] p = MatMul(a, w) },
+                   else_branch = right () => (float[] q) { q = Neg(a) }> }"""
     model, _ = quantize(build(text, w=floats(4, 4)))
     assert layers(model)["outer"] is not None and layers(model)["inner"] is None
 
