@@ -18,7 +18,7 @@ import graphq
 from graphq import accuracy, ir, kernels_used, linear, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet, open_calibration
-from graphq.errors import DataError, ModelError, UsageError, VerifyError
+from graphq.errors import DataError, ModelError, RecipeError, UsageError, VerifyError
 from graphq.executor import Executor
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import Preprocess
@@ -63,10 +63,11 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     path, out_path, clock = Path(model), Path(out), _Clock()
     goal = targets.get_target(target)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_emit(emit, goal)
+    _check_request(plan, goal, emit, evaluate)
     with clock("load"):
         original = ir.load(path)
         files.check_output(out_path, path)
+        targets.require_legal(original, goal)
         if report_dir is not None:
             report.check_folder(report_dir)
         data = _open_data(calib, original, preprocess, seed)
@@ -82,7 +83,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         measured = _measure(original, ctx, plan, labelled, out_path)
     gates = check_gates(plan.gates, measured)
     with clock("emit"):
-        result = _report(path, original, ctx, plan, data, seed, command, records, measured, gates)
+        result = _report(path, original, ctx, plan, data, seed, command, records, measured, gates, _notes(data, plan, goal, emit))
         _require_passed(gates, ctx.model, out_path)
         report.embed(ctx.model, result)
         limit = plan.gates.max_size_ratio * result.model.bytes
@@ -116,12 +117,23 @@ class Measured:
     integer_kernels: Mapping[str, int]
 
 
-def _check_emit(emit: str, target: Target) -> None:
+def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) -> None:
+    """Refuse what cannot be done before anything is read."""
     if emit == "engine" and not target.builds_engines:
-        engines = ", ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
+        engines = " or ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
         raise UsageError(
             f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx"
         )
+    if plan.gates.max_accuracy_drop is not None and evaluate is None:
+        raise UsageError(
+            "The recipe limits the loss of accuracy, but there is nothing to measure it on.", where="gate max_accuracy_drop",
+            expected="--eval FILE.npz with inputs and labels", hint="give --eval, or take the gate out of the recipe",
+        )  # fmt: skip
+    if not plan.passes or plan.passes[0].name != "normalize":
+        raise RecipeError(
+            "The first pass of the recipe is not normalize.", where=f"recipe {plan.name}",
+            expected="- normalize before all others, which rely on the form it gives to a model",
+        )  # fmt: skip
 
 
 def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
@@ -188,15 +200,16 @@ def _require_passed(gates: tuple[GateResult, ...], model: ir.Model, out: Path) -
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         rows = "; ".join(f"{gate.name} is {gate.limit:g}, measured {gate.value:.4g}" for gate in failed)
-        error = VerifyError(
-            "The result misses a gate of the recipe.", where=rows, hint="use more calibration data, another recipe, or other gates"
-        )
+        hint = "use more calibration data, another recipe, or other gates"
+        if {gate.name for gate in failed} == {"min_speedup"}:
+            hint = "`graphq inspect --kernels` on the refused result shows what stays float; or lower the gate"
+        error = VerifyError("The result misses a gate of the recipe.", where=rows, hint=hint)
         raise _aside(error, model, out)
 
 
 def _aside(error: VerifyError, model: ir.Model, out: Path) -> VerifyError:
     """Keep a refused result under a name that says so."""
-    aside = out.with_name(f"{out.name}.failed.onnx")
+    aside = files.aside(out)
     try:
         files.emit_onnx(model, aside)
     except OSError:
@@ -230,7 +243,8 @@ def _emit(model: ir.Model, out: Path, emit: Emit, target: Target, data: Calibrat
 
 
 def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data: CalibrationSet, seed: int, command: str | None,
-            records: list[PassRecord], measured: Measured, gates: tuple[GateResult, ...]) -> Report:  # fmt: skip
+            records: list[PassRecord], measured: Measured, gates: tuple[GateResult, ...],
+            notes: tuple[str, ...]) -> Report:  # fmt: skip
     before, after = quantized_weight_bytes(ctx.model)
     facts = report.file_facts(path, original)
     return Report(
@@ -240,7 +254,7 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
         passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
         quantized=_quantized(ctx.model), weight_bytes_before=before, weight_bytes_after=after, integer_kernels=measured.integer_kernels,
-        gates=gates, versions=report.tool_versions(), notes=_notes(data, plan),
+        gates=gates, versions=report.tool_versions(), notes=notes,
     )  # fmt: skip
 
 
@@ -253,8 +267,9 @@ def _quantized(model: ir.Model) -> dict[str, int]:
         if node.op_type in linear.LINEAR_OPS:
             found = _made_by(linear.weight_of(node), "DequantizeLinear")
         else:
-            reads = node.inputs and _made_by(node.inputs[0], "DequantizeLinear")
-            found = bool(reads) and all(use.node.op_type == "QuantizeLinear" for out in node.outputs for use in out.uses())
+            uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
+            reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")
+            found = reads and bool(uses) and set(uses) == {"QuantizeLinear"}
         counts[node.op_type] += found
     return dict(+counts)
 
@@ -264,7 +279,16 @@ def _made_by(value: ir.Value | None, op_type: str) -> bool:
     return maker is not None and maker.op_type == op_type
 
 
-def _notes(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:
+def _notes(data: CalibrationSet, plan: Recipe, target: Target, emit: Emit) -> tuple[str, ...]:
+    notes = []
+    if plan.gates.min_speedup is not None and not target.measures_speed:
+        notes.append(f"Gate min_speedup was not measured: {target.name} does not run here.")
+    if emit == "engine":
+        notes.append("The model the engine was built from was compared with the original; the engine itself was not run.")
+    return (*notes, *_random_note(data, plan))
+
+
+def _random_note(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:
     if data.kind != "random":
         return ()
     use = "ranges and verification" if any(one.needs_data for one in plan.passes) else "verification"

@@ -7,7 +7,7 @@ current model are lined up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Editor:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.edits: Counter[str] = Counter()
+        self._shared: dict[Hashable, Value] = {}
         graphs = list(model.graphs())
         self._names = {value.name for graph in graphs for value in values_by_name(graph).values()}
         self._names |= {node.name for node in all_nodes(model)}
@@ -52,6 +53,13 @@ class Editor:
         (graph or self.model.graph).register_initializer(value)
         self.edits["initializer"] += 1
         return value
+
+    def shared(self, key: Hashable, name: str, make: Callable[[], np.ndarray], storage: str) -> Value:
+        """The constant made for `key` before, or a new one: what several nodes read is stored once."""
+        found = self._shared.get(key)
+        if found is None or not found.is_initializer():
+            found = self._shared[key] = self.initializer(name, make(), storage)
+        return found
 
     def set_weight(self, node: Node, index: int, array: np.ndarray) -> Value:
         """Give `node` a new constant as input `index`; a constant that others read too stays as it is for them."""
@@ -138,7 +146,10 @@ class Editor:
         if opset(self.model) < version:
             from onnxscript import version_converter
 
+            tensors = {name: value.const_value for name, value in self.model.graph.initializers.items()}
             version_converter.convert_version(self.model, version, fallback=True)
+            for name, value in self.model.graph.initializers.items():  # a conversion by onnx itself forgets where external data lies
+                value.const_value = tensors.get(name, value.const_value)
             if opset(self.model) < version:
                 raise ModelError(
                     f"The model could not be raised from opset {opset(self.model)} to {version}.",

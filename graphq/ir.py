@@ -69,10 +69,14 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write a model; weights go to `<name>.data` beside it when they do not fit into one protobuf file (2 GiB)."""
+    """Write a model with all its bytes; weights go to `<name>.data` beside it when they do not fit into one file (2 GiB)."""
     path = Path(path)
     total = sum(tensor.nbytes for tensor in _tensors(model))
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if total > _PROTOBUF_LIMIT - (1 << 26) else None)
+    if total > _PROTOBUF_LIMIT - (1 << 26):
+        return onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    if any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in _tensors(model)):
+        model = onnx_ir.external_data.load_to_model(model.clone())  # the input's data file may not be there tomorrow
+    onnx_ir.save(model, path)
 
 
 def _not_onnx(path: Path, why: str) -> ModelError:
@@ -145,20 +149,33 @@ def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
     does not know (4 and 2 bits) stay inside.
     """
-    arrays, tensors = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    replaced: list[tuple[Value, Any]] = []
     try:
-        for name, value in model.graph.initializers.items():
-            if value.const_value is not None and value.uses() and _is_heavy(value.const_value):
-                tensors[name], arrays[name] = value.const_value, value.const_value.numpy()
-                value.const_value = _hollow(value.const_value, name)
+        for graph in model.graphs():
+            for name, value in graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None or not value.uses():
+                    continue
+                if graph is model.graph and _is_heavy(tensor):
+                    replaced.append((value, tensor))
+                    arrays[name], value.const_value = tensor.numpy(), _hollow(tensor, name)
+                elif isinstance(tensor, onnx_ir.ExternalTensor):
+                    replaced.append((value, tensor))
+                    value.const_value = _inline(tensor)
         return to_proto(model), arrays
     finally:
-        for name, tensor in tensors.items():
-            model.graph.initializers[name].const_value = tensor
+        for value, tensor in replaced:
+            value.const_value = tensor
 
 
 def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
     return tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8
+
+
+def _inline(tensor: Any) -> Any:
+    """The tensor in memory, if it lies in a file."""
+    return onnx_ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name) if isinstance(tensor, onnx_ir.ExternalTensor) else tensor
 
 
 def _hollow(tensor: Any, name: str) -> onnx_ir.ExternalTensor:
@@ -181,7 +198,7 @@ def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dt
         if value.is_initializer() and tensor is not None:
             if _is_heavy(tensor):
                 arrays[name], tensor = tensor.numpy(), _hollow(tensor, name)
-            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
+            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor if name in arrays else _inline(tensor)))
             graph.initializer[-1].name = name
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name])), None))

@@ -42,7 +42,12 @@ def linear_refusal(node: ir.Node) -> str | None:
         return "its weight is a stack of matrices"
     if not np.prod(ir.constant_shape(weight)):
         return "its weight is empty"
-    return None
+    return None if _is_finite(weight) else "its weight holds NaN or infinity"
+
+
+def _is_finite(weight: ir.Value) -> bool:
+    array = ir.constant(weight)
+    return array is None or bool(np.isfinite(array.sum(dtype=np.float64)))
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:

@@ -184,19 +184,22 @@ class Pass(ABC):
 def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None]) -> list[PassRecord]:
     """Apply `passes` in order, verify after each, and return one record a pass.
 
-    As long as they keep the function, the reference follows the model. Before the first that does not, all that are left
-    may refuse the target: nothing has been calibrated then.
+    As long as they keep the function, the reference follows the model. Before the first that reads data or changes the
+    function, all that are left may refuse the target: nothing has been calibrated then.
 
     Raises:
         RecipeError: a pass changed nothing and neither it nor the recipe allows that.
         TargetError: a pass cannot write for the target.
         VerifyError: the graph is not valid after a pass.
     """
-    records, exact = [], True
+    records, exact, asked = [], True, 0
     for index, one in enumerate(passes):
         ctx.progress(one.name, index, len(passes))
-        for next_one in [one] if one.keeps_function else passes[index:] if exact else []:
-            next_one.precheck(ctx.model, ctx.target)
+        # What only rewrites floats may make the rest possible; before anything else, all that are left are asked.
+        end = index + 1 if one.keeps_function and not one.needs_data else len(passes)
+        for later in passes[asked:end]:
+            later.precheck(ctx.model, ctx.target)
+        asked = max(asked, end)
         exact = exact and one.keeps_function
         ctx.measurements, ctx.skipped = [], []
         before, started = ctx.edit.edits.copy(), time.perf_counter()

@@ -52,8 +52,10 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     quantizer = Uniform(spec)
     qparams = quantizer.fit_weight(weight) if qparams is None else qparams
     name = value.name or "weight"
-    codes = edit.initializer(f"{name}_quantized", quantizer.quantize(weight, qparams), spec.storage)
-    scale, zero = _qparam_values(edit, name, qparams, spec)
+    key = (value, spec, qparams.scale.tobytes(), qparams.zero_point.tobytes())
+    codes = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), spec.storage)
+    scale = edit.shared((*key, "scale"), f"{name}_scale", lambda: qparams.scale, "float32")
+    zero = edit.shared((*key, "zero"), f"{name}_zero_point", lambda: qparams.zero_point, spec.storage)
     attributes: dict[str, int] = {}
     if isinstance(spec.granularity, PerAxis | PerGroup):
         attributes["axis"] = spec.granularity.axis
@@ -64,9 +66,14 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     return qparams
 
 
-def insert_lookup(edit: Editor, node: ir.Node, codes: np.ndarray, qparams: QParams, spec: QuantSpec) -> None:
-    """Let a Gather read `codes` instead of its float table, and dequantize the rows it returns (per tensor)."""
+def insert_lookup(edit: Editor, node: ir.Node, codes: np.ndarray, qparams: QParams, spec: QuantSpec, *, after: bool) -> None:
+    """Let a Gather read `codes` instead of its float table, dequantized (per tensor) after it, row by row, or before it."""
     name, out = node.inputs[0].name or "table", node.outputs[0]  # type: ignore[union-attr]
+    if not after:
+        table = node.inputs[0]
+        operands = [edit.initializer(f"{name}_quantized", codes, spec.storage), *_qparam_values(edit, name, qparams, spec)]
+        edit.rewire(node, 0, edit.insert(node, "DequantizeLinear", operands, output=f"{name}_dequantized", like=table))
+        return
     readers = [(use.node, use.idx) for use in out.uses()]
     edit.rewire(node, 0, edit.initializer(f"{name}_quantized", codes, spec.storage))
     result = edit.insert(

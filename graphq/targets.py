@@ -96,14 +96,14 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         about="ONNX Runtime on a CPU: uint8 activations with int8 weights run on VNNI and AMX",
         activation=replace(_INT8, signed=False, symmetric=False), weight=_INT8_WEIGHT, bias_int32=True, symmetric_only=False,
         opset=26, ir_version=13, ops=MappingProxyType(_ORT_OPS), fused_activations=frozenset({"Relu", "Clip"}),
-        storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int32"}), measures_speed=True,
+        storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
     ),
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": replace(_TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins"),
     "generic": Target(
         name="generic", about="any runtime with QuantizeLinear and DequantizeLinear: symmetric INT8, float bias",
         activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13,
-        ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int32"}),
+        ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}),
     ),
 })  # fmt: skip
 

@@ -37,6 +37,13 @@ def find(node: ir.Node) -> Slot | None:
     return None
 
 
+def behind(node: ir.Node) -> np.ndarray:
+    """What an Add right behind `node` adds to each output channel: float64 of shape (channels,), or 0 of shape ()."""
+    slot = find(node)
+    array = ir.constant(slot[0].inputs[slot[1]]) if slot is not None and slot[0].op_type == "Add" else None
+    return np.zeros(()) if array is None else array.reshape(-1).astype(np.float64)
+
+
 def can_shift(node: ir.Node) -> bool:
     """Whether `shift` works on `node`: it has a bias of its own, or an input to put one."""
     slot = find(node)

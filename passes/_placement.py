@@ -55,6 +55,9 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
             plan.anchors.append(node)
         elif reason:
             plan.skipped.append((node, reason))
+    for node in ir.all_nodes(model):
+        if node.graph is not model.graph and not node.domain and node.op_type in linear.LINEAR_OPS:
+            plan.skipped.append((node, "it lies in a subgraph"))
     flowing = _flow(model, target, plan.anchors, exclude)
     quantized = {*plan.anchors, *flowing}
     for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, quantized, plan.anchors)]:

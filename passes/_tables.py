@@ -1,4 +1,5 @@
-"""Embedding tables: `Gather(table, ids)` becomes `DequantizeLinear(Gather(codes, ids))`, so that only the rows that are read are converted.
+"""Embedding tables: `Gather(table, ids)` becomes `DequantizeLinear(Gather(codes, ids))`, so that only the rows that are read are
+converted; runtimes that want a DequantizeLinear right behind every integer constant get it there.
 
 One scale for the whole table, because a row's own scale would have to be looked up as well.
 """
@@ -14,6 +15,7 @@ from graphq import ir, qdq
 from graphq.editor import Editor
 from graphq.quantizers import Uniform
 from graphq.spec import PerTensor, QuantSpec
+from graphq.targets import Target
 
 MIN_ROWS = 1024
 """Smaller tables (positions, token types) stay float: they hold little, and what they add stays to the end."""
@@ -33,7 +35,7 @@ def lookups(model: ir.Model) -> Iterator[ir.Node]:
             yield node
 
 
-def quantize(edit: Editor, node: ir.Node, spec: QuantSpec) -> float:
+def quantize(edit: Editor, node: ir.Node, spec: QuantSpec, target: Target) -> float:
     """Quantize the table that `node` reads; returns the SQNR of the table in dB."""
     spec = replace(spec, granularity=PerTensor())
     table = ir.constant(node.inputs[0])
@@ -41,5 +43,5 @@ def quantize(edit: Editor, node: ir.Node, spec: QuantSpec) -> float:
     quantizer = Uniform(spec)
     qparams = quantizer.fit_weight(table)
     noise = float(np.sum((table - quantizer.fake_quantize(table, qparams)) ** 2, dtype=np.float64))
-    qdq.insert_lookup(edit, node, quantizer.quantize(table, qparams), qparams, spec)
+    qdq.insert_lookup(edit, node, quantizer.quantize(table, qparams), qparams, spec, after=target.integer_lookup)
     return 10 * float(np.log10(max(float(np.sum(table**2, dtype=np.float64)), 1e-30) / max(noise, 1e-30)))

@@ -39,9 +39,11 @@ class BiasCorrect(Pass):
                 ctx.skip(node, "it has no constant bias of its own to correct")
             else:
                 nodes.append(node)
+        namesakes = {node.name: node for node in ctx.reference.graph}
         for step in ctx.sweep(nodes, self.samples or None):
             axis = linear.channel_axis(step.node)
             shift = channel_mean(step.y_cur(), axis) - channel_mean(step.y_ref, axis)
+            shift += _bias.behind(step.node) - _bias.behind(namesakes[step.node.name])
             _bias.shift(ctx.edit, step.node, -shift)
             ctx.measure(step.node.name or "", mean_shift=float(np.abs(shift).max(initial=0.0)))
 

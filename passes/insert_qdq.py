@@ -62,6 +62,8 @@ class InsertQdq(Pass):
     center: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
+        if self.allow_no_effect:
+            return
         if not _placement.place(model, target, exclude=self.exclude).anchors:
             raise TargetError(
                 "There is nothing to quantize.", expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
@@ -78,8 +80,8 @@ class InsertQdq(Pass):
         if self.correct_bias:
             _correct(plan, errors, ctx)
         self._insert(plan, formats, ctx)
-        for node in list(_tables.lookups(model)) if self.tables and ctx.target.integer_lookup else []:
-            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight))
+        for node in list(_tables.lookups(model)) if self.tables else []:
+            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight, ctx.target))
         ctx.edit.prune()
 
     def _formats(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Format]:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq
 from graphq.errors import TargetError
+from graphq.passes import _tables
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, QuantSpec
@@ -27,6 +28,7 @@ class QuantizeWeights(Pass):
         bits: Width of a weight.
         group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel.
         fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped; 0 leaves them float.
+        tables: Whether to store large embedding tables with 8 bits.
         op_types: Operator types to take.
         exclude: Patterns of node names that stay float.
     """
@@ -36,6 +38,7 @@ class QuantizeWeights(Pass):
     bits: Literal[2, 4, 8] = 8
     group_size: Annotated[int, Field(ge=0, le=1024)] = 0
     fallback_bits: Literal[0, 8] = 0
+    tables: bool = True
     op_types: tuple[str, ...] = tuple(linear.LINEAR_OPS)
     exclude: tuple[str, ...] = ()
 
@@ -44,6 +47,8 @@ class QuantizeWeights(Pass):
             raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
                               expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
         reasons = [self._format(node) for node in self._nodes(model)]
+        if self.tables and any(_tables.lookups(model)):
+            return
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise TargetError(
                 "There is no weight to quantize.", where="; ".join(sorted({str(reason) for reason in reasons})[:3]),
@@ -63,6 +68,8 @@ class QuantizeWeights(Pass):
             error = weight - Uniform(spec).fake_quantize(weight, qdq.insert_weight(ctx.edit, node, spec))
             power, noise = (max(float(np.sum(part**2, dtype=np.float64)), 1e-30) for part in (weight, error))
             ctx.measure(node.name or "", weight_sqnr_db=10 * np.log10(power / noise), bits=spec.bits)
+        for node in list(_tables.lookups(model)) if self.tables else []:
+            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
         ctx.edit.prune()
 
     def _nodes(self, model: ir.Model) -> list[ir.Node]:

@@ -12,14 +12,20 @@ from graphq import ir
 from graphq.errors import UsageError
 
 
+def aside(path: Path) -> Path:
+    """Where a result goes that was refused."""
+    return path.with_name(f"{path.name}.failed.onnx")
+
+
 def check_output(path: Path, *inputs: Path) -> None:
     """Refuse an output path that cannot be used, before any work is done.
 
     Raises:
         UsageError: it is one of `inputs`, a folder, or lies in a folder that is missing or cannot be written.
     """
+    written = {file.resolve() for file in (path, aside(path), path.with_name(f"{path.name}.data"))}
     for source in inputs:
-        if path.resolve() == source.resolve():
+        if source.resolve() in written:
             raise UsageError(
                 "The output would overwrite the input.", where=str(path), hint="graphq never touches the input; choose another --out"
             )
