@@ -169,7 +169,8 @@ def ranges_table(rows: Rows) -> list[str]:
     return ["## Range estimators, recipe int8", "",
             f"Medians over rounds; ratios are within a round. Bars: time at most {TIME_BAR} x min-max, memory at most {MEMORY_BAR} x "
             f"min-max and {MEMORY_BAR} x that of 64 images. The calibration file is read inside the "
-            "conversion. What else runs on the machine only ever adds: the fastest of the rounds and the CPU seconds (all threads) show it.", "", *table(cells)]  # fmt: skip
+            "conversion. What else runs on the machine only ever adds: where the median is far from the fastest "
+            "of the rounds, its ratio says little; CPU seconds are of all threads.", "", *table(cells)]  # fmt: skip
 
 
 def chain_table(rows: Rows) -> list[str]:

@@ -302,8 +302,21 @@ def inputs(model: Model) -> tuple[ModelInput, ...]:
             continue
         if not isinstance(value.type, onnx_ir.TensorType):
             raise ModelError("A model input is not a tensor.", where=f"input {value.name!r}: {value.type}", expected="tensor inputs")
-        found.append(ModelInput(value.name or "", np.dtype(value.dtype.numpy()) if value.dtype else np.dtype(np.float32), shape_of(value)))
+        dtype = np.dtype(value.dtype.numpy()) if value.dtype else np.dtype(np.float32)
+        found.append(ModelInput(value.name or "", dtype, shape_of(value), _lookup_limit(value)))
     return tuple(found)
+
+
+def _lookup_limit(value: Value) -> int | None:
+    """The rows of the smallest constant table that `value` indexes, straight or through a Cast."""
+    limits = []
+    for node, index in ((use.node, use.idx) for use in uses(value)):
+        if node.op_type == "Cast":
+            limits.append(_lookup_limit(node.outputs[0]))
+        elif node.op_type == "Gather" and index == 1 and (shape := shape_of(node.inputs[0])) and constant(node.inputs[0]) is not None:
+            rows = shape[attribute(node, "axis", 0)]
+            limits.append(rows if isinstance(rows, int) else None)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def describe(node: Node) -> str:

@@ -47,7 +47,8 @@ def linear_refusal(node: ir.Node) -> str | None:
 
 def _is_finite(weight: ir.Value) -> bool:
     array = ir.constant(weight)
-    return array is None or bool(np.isfinite(array.sum(dtype=np.float64)))
+    with np.errstate(invalid="ignore"):
+        return array is None or bool(np.isfinite(array.sum(dtype=np.float64)))
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:

@@ -22,6 +22,7 @@ class _Random:
     shape: tuple[int, ...]
     seed: tuple[int, ...]
     fill: int | None
+    limit: int
 
     def stream(self, bounds: Bounds) -> Iterator[np.ndarray]:
         return (np.stack([self._sample(index) for index in range(first, last)]) for first, last in bounds)
@@ -32,14 +33,14 @@ class _Random:
             return np.full(shape, self.fill, self.dtype)
         if is_float(self.dtype):
             return generator.standard_normal(shape, np.float32).astype(self.dtype)
-        return generator.integers(0, 100, shape).astype(self.dtype)
+        return generator.integers(0, self.limit, shape).astype(self.dtype)
 
 
 def random_columns(inputs: Sequence[ModelInput], count: int, unit: int, seed: int) -> dict[str, Column]:
     """Random arrays `[count, ...]` by input name, `count` rounded up to a multiple of `unit`.
 
-    Floats are standard normal; integers lie in [0, 100), but are ones if the name says mask and zeros if it says token
-    type or segment; booleans are true. An open dimension is 224 if it is the height or width of an image (rank 4, the
+    Floats are standard normal; integers lie in [0, 100), or below the rows of the table they look up, but are ones if the name
+    says mask and zeros if it says token type or segment; booleans are true. An open dimension is 224 if it is the height or width of an image (rank 4, the
     channel axis 1 or 3, or all open: then 3 channels first), else 16; one symbol has one size.
     """
     sizes, columns = dict[str, int](), dict[str, Column]()
@@ -49,7 +50,7 @@ def random_columns(inputs: Sequence[ModelInput], count: int, unit: int, seed: in
             raise DataError(f"cannot make random data for input '{model_input.name}'", where=f"{dtype} {format_shape(dims)}",
                             expected="numbers of known rank", hint="give calibration data")  # fmt: skip
         shape = (math.ceil(count / unit) * unit, *_random_dims(dims, sizes))
-        columns[model_input.name] = _Random(dtype, shape, (seed, position), _fill(model_input))
+        columns[model_input.name] = _Random(dtype, shape, (seed, position), _fill(model_input), model_input.limit or 100)
     return columns
 
 

@@ -83,8 +83,12 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """Name, element type and shape of one model input. A dimension is an int, a symbol (str), or None if unknown."""
+    """Name, element type and shape of one model input. A dimension is an int, a symbol (str), or None if unknown.
+
+    `limit` bounds integers that the model looks up in a table: they lie in `[0, limit)`; None if no bound is known.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...] | None
+    limit: int | None = None

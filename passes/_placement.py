@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from graphq import ir, linear
+from graphq.errors import RecipeError
 from graphq.targets import Target
 
 Reader = tuple[ir.Node, int]
@@ -92,6 +93,16 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     if ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear":  # type: ignore[union-attr]
         return "it is quantized already"
     return linear.linear_refusal(node)
+
+
+def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
+    """Raises RecipeError for a pattern that names no node: it would have no effect."""
+    for pattern in exclude:
+        if not any(_is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
+            raise RecipeError(
+                "An exclude pattern matches no node.", where=f"exclude: {pattern!r}",
+                expected="the name of a node, with * and ?, or an operator type", hint="`graphq inspect` lists the names",
+            )  # fmt: skip
 
 
 def _is_excluded(node: ir.Node, exclude: Sequence[str]) -> bool:

@@ -62,6 +62,7 @@ class InsertQdq(Pass):
     center: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
+        _placement.require_matches(model, self.exclude)
         if self.allow_no_effect:
             return
         if not _placement.place(model, target, exclude=self.exclude).anchors:
@@ -110,7 +111,7 @@ class InsertQdq(Pass):
         return formats
 
     def _errors(self, model: ir.Model, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[str, LayerError]:
-        if not self.error_samples:
+        if not self.error_samples or not plan.anchors:
             return {}
         by_name = {value.name or "": entry for value, entry in formats.items()}
         errors = _layer_error.measure(model, plan.anchors, by_name, self._weight_spec(ctx.target), ctx.calib.take(self.error_samples))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
@@ -82,7 +83,8 @@ def test_zero_points(name: str, zero: int, legal: bool) -> None:
 
 @pytest.mark.parametrize(("name", "storage", "legal"), [
     ("onnxruntime", "uint8", True), ("onnxruntime", "int4", True), ("onnxruntime", "uint4", True), ("onnxruntime", "int2", True),
-    ("onnxruntime", "int32", True), ("onnxruntime", "int16", False), ("generic", "uint2", True), ("generic", "int32", True),
+    ("onnxruntime", "int32", True), ("onnxruntime", "int16", True), ("onnxruntime", "uint16", True), ("generic", "int16", True),
+    ("generic", "uint16", True), ("generic", "uint2", True), ("generic", "int32", True), ("tensorrt", "int16", False),
     ("tensorrt", "int8", True), ("tensorrt", "int4", True), ("tensorrt", "uint8", False), ("tensorrt", "uint4", False),
     ("tensorrt", "int32", False), ("tensorrt-rtx", "int32", False), ("tensorrt-rtx", "uint8", False), ("tensorrt-rtx", "int2", False),
 ])  # fmt: skip
@@ -98,6 +100,23 @@ def test_quantize_linear_counts_as_well() -> None:
     both = [[f"tensorrt does not take uint8 in {op}", zero] for op in ("QuantizeLinear", "DequantizeLinear")]
     assert rules(model, get_target("tensorrt")) == both[0] + both[1]
     assert rules(model, get_target("onnxruntime")) == []
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "generic", "tensorrt"])
+@pytest.mark.parametrize("storage", ["int16", "uint16"])
+def test_models_quantized_to_16_bits(storage: str, name: str) -> None:
+    """As other tools write them: activations of 16 bits, weights of 8."""
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
+m (float[n, 2] x) => (float[n, 2] y)
+<float s = {{0.001}}, {storage} z = {{0}}, int8[2, 2] w = {{10, 20, 30, -40}}, float t = {{0.1}}, int8 o = {{0}}>
+{{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) v = DequantizeLinear(w, t, o) y = MatMul(d, v) }}""")
+    model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+    if name == "tensorrt":
+        with pytest.raises(TargetError, match=f"does not take {storage}"):
+            require_legal(model, get_target(name))
+        return
+    require_legal(model, get_target(name))
+    np.testing.assert_allclose(Executor(model).run({"x": np.float32([[1, 2]])})[0], [[7, -6]], rtol=1e-3)
 
 
 @EVERY
@@ -156,7 +175,8 @@ def test_newer_ones_are_refused(opset: int, version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "opset"), [("int8", 21), ("uint8", 21), ("int4", 21), ("uint4", 21), ("int2", 25), ("uint2", 25), ("int32", 21)]
+    ("storage", "opset"),
+    [("int8", 21), ("uint8", 21), ("int16", 21), ("uint16", 21), ("int4", 21), ("uint4", 21), ("int2", 25), ("uint2", 25), ("int32", 21)],
 )
 def test_stored_types_load(storage: str, opset: int) -> None:
     assert storage in get_target("onnxruntime").storage

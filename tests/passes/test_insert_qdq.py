@@ -52,11 +52,6 @@ def ops(model: ir.Model, op_type: str) -> list[ir.Node]:
     return [node for node in model.graph.all_nodes() if node.op_type == op_type]
 
 
-def maker(value: ir.Value | None) -> str | None:
-    node = ir.producer(value)
-    return None if node is None else node.op_type
-
-
 # ---- golden text ----------------------------------------------------------------------------------------------------
 
 

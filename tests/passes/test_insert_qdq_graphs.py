@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -18,7 +18,6 @@ from graphq.targets import TARGETS
 RNG = np.random.default_rng(0)
 START = RNG.bit_generator.state
 
-Feeds = Mapping[str, np.ndarray]
 Quantize = Callable[..., tuple[ir.Model, PassRecord]]
 Run = Callable[..., np.ndarray]
 Sqnr = Callable[[np.ndarray, np.ndarray], float]
@@ -61,7 +60,7 @@ def test_two_readers_share_one_pair(target: str, quantize: Quantize) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_weight_that_two_layers_share(target: str, quantize: Quantize, run: Run, sqnr: Sqnr) -> None:
-    """Each gets its own codes, also where a third reader needs the floats."""
+    """Each gets its own DequantizeLinear, also where a third reader needs the floats."""
     text = "g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, w) t = Tanh(a) b = MatMul(t, w) d = ReduceSum(w) y = Add(b, d) }"
     proto, feeds = build(text, w=floats(8, 8)), {"x": floats(64, 8)}
     model, _ = quantize(proto, feeds, target)
@@ -219,9 +218,30 @@ IF_MODEL = """g (float[N, 8] x, bool[N] pick) => (float[N, 8] y) {
 def test_if(target: str, pick: bool, quantize: Quantize, run: Run, sqnr: Sqnr) -> None:
     """Layers around it become integer, those inside stay float; the shared weight serves both."""
     proto, feeds = build(IF_MODEL, w=floats(8, 8)), {"x": floats(32, 8), "pick": np.full(32, pick)}
-    model, _ = quantize(proto, feeds, target, float_budget=0)
+    model, record = quantize(proto, feeds, target, float_budget=0)
     assert [maker(node.inputs[1]) for node in ops(model, "MatMul")].count("DequantizeLinear") == 2
+    ((where, reason),) = record.skipped
+    assert where.startswith("MatMul 'h'") and "subgraph" in reason
     assert sqnr(run(proto, feeds), run(model, feeds)) > 28
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.inf, -np.inf]])
+def test_a_weight_that_is_not_finite_stays_float(target: str, bad: list[float], quantize: Quantize, integer_layers: IntegerLayers) -> None:
+    weight, w = floats(8, 8), floats(8, 8)
+    weight.reshape(-1)[: len(bad)] = bad
+    text = "g (float[N, 8] x) => (float[N, 8] y) { [one] a = MatMul(x, w) t = Tanh(a) [two] y = MatMul(t, v) }"
+    model, record = quantize(build(text, w=w, v=weight), {"x": floats(32, 8)}, target, float_budget=0)
+    assert integer_layers(model) == {"one"}
+    ((where, reason),) = record.skipped
+    assert "'two'" in where and "NaN" in reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_to_quantize_is_fine_where_the_recipe_allows_it(target: str, quantize: Quantize) -> None:
+    text = "g (float[N, 8] x) => (float[N, 8] y) { t = Tanh(x) y = Softmax(t) }"
+    model, record = quantize(build(text), {"x": floats(32, 8)}, target, allow_no_effect=True)
+    assert not record.edits and [node.op_type for node in model.graph] == ["Tanh", "Softmax"]
 
 
 ATTENTION = """g (int64[N, 6] ids, int64[N, 6] attention_mask) => (float[N, 6, 16] y) {

@@ -245,3 +245,29 @@ def test_weights_that_cannot_be_grouped(fallback: int) -> None:
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         QuantizeWeights(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 4}])
+def test_layers_that_share_a_weight_share_its_codes(options: dict[str, Any]) -> None:
+    """MatMul and Gemm read the same matrix; a transposed Gemm has other channels, so it gets other codes."""
+    text = """g (float[N, 8] x) => (float[N, 8] y) {
+        a = MatMul(x, w) r = Relu(a) b = MatMul(r, w) s = Relu(b) c = Gemm(s, w) t = Relu(c) y = Gemm <transB = 1> (t, w) }"""
+    model, _ = quantize(build(text, w=floats(8, 8)), **options)
+    makers = [maker for maker in layers(model).values() if maker is not None]
+    assert len(makers) == 4 and all(maker.op_type == "DequantizeLinear" for maker in makers)
+    for index in (0, 1):
+        assert len({maker.inputs[index] for maker in makers[:3]}) == 1 and makers[3].inputs[index] is not makers[0].inputs[index]
+    integers = [value for value in model.graph.initializers.values() if value.dtype != ir.DataType.FLOAT]
+    codes = [value for value in integers if len(ir.constant_shape(value)) == 2]
+    assert len(codes) == (2 if not options else 4)  # groups have zero points of two dimensions
+
+
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.inf, -np.inf]])
+def test_a_weight_that_is_not_finite_stays_float(bad: list[float]) -> None:
+    weight = floats(8, 8)
+    weight.reshape(-1)[: len(bad)] = bad
+    text = "g (float[N, 8] x) => (float[N, 8] y) { [one] a = MatMul(x, w) [two] y = MatMul(a, v) }"
+    model, record = quantize(build(text, w=floats(8, 8), v=weight))
+    assert layers(model)["one"] is not None and layers(model)["two"] is None
+    ((where, reason),) = record.skipped
+    assert "'two'" in where and "NaN" in reason

@@ -1,0 +1,72 @@
+"""What a recipe asks for and convert cannot do is refused before any work, or named in the report; never passed in silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphq.convert import convert
+from graphq.errors import RecipeError, UsageError
+from graphq.executor import Executor
+from graphq.models import digits, onnx_path
+from graphq.passes.insert_qdq import InsertQdq
+from graphq.passes.normalize import Normalize
+from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.pipeline import Pass
+from graphq.recipe import Gates, Recipe, load_recipe
+
+CNN = onnx_path("digits_cnn")
+
+
+@pytest.fixture(scope="module")
+def calib() -> dict[str, np.ndarray]:
+    return {"input": digits.calibration(16)}
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs a model fails the test."""
+    monkeypatch.setattr(Executor, "__init__", lambda *args, **options: pytest.fail("a model was run"))
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_limit_on_accuracy_without_labels_is_refused(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    plan = replace(load_recipe("int8"), gates=Gates(max_accuracy_drop=1.0))
+    with pytest.raises(UsageError, match="max_accuracy_drop") as caught:
+        convert(CNN, tmp_path / "out.onnx", recipe=plan, calib=calib)
+    assert caught.value.exit_code == 2 and "--eval" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "generic"])
+def test_a_limit_on_speed_that_nothing_measures_is_noted(tmp_path: Path, calib: dict[str, np.ndarray], target: str) -> None:
+    plan = replace(load_recipe("int8"), gates=Gates(min_speedup=100.0))
+    found = convert(CNN, tmp_path / "out.onnx", recipe=plan, calib=calib, target=target)
+    assert found.latency is None and not found.gates
+    (note,) = found.notes
+    assert "min_speedup" in note and "not measured" in note and target in note
+
+
+def test_a_measured_limit_on_speed_needs_no_note(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    plan = replace(load_recipe("int8"), gates=Gates(min_speedup=1e-6))
+    found = convert(CNN, tmp_path / "out.onnx", recipe=plan, calib=calib)
+    assert not found.notes and [(gate.name, gate.passed) for gate in found.gates] == [("min_speedup", True)]
+
+
+@pytest.mark.parametrize("passes", [(InsertQdq(),), (QuantizeWeights(), Normalize()), ()], ids=["alone", "late", "none"])
+@pytest.mark.usefixtures("idle")
+def test_a_recipe_begins_with_normalize(tmp_path: Path, calib: dict[str, np.ndarray], passes: tuple[Pass, ...]) -> None:
+    with pytest.raises(RecipeError, match="normalize"):
+        convert(CNN, tmp_path / "out.onnx", recipe=Recipe(name="mine", passes=passes), calib=calib)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_recipe_file_begins_with_normalize(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    (tmp_path / "mine.yaml").write_text("passes: [insert-qdq, normalize]\n")
+    with pytest.raises(RecipeError, match="normalize"):
+        convert(CNN, tmp_path / "out.onnx", recipe=tmp_path / "mine.yaml", calib=calib)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
