@@ -65,6 +65,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
+    for node in all_nodes(model):  # constants in attributes are few and small: they are read at once
+        for name, entry in list(node.attributes.items()):
+            if entry.type == onnx_ir.AttributeType.TENSOR and isinstance(entry.value, onnx_ir.ExternalTensor):
+                node.attributes[name] = make_attribute(name, _inline(entry.value))
     return model
 
 

@@ -40,8 +40,8 @@ def random_columns(inputs: Sequence[ModelInput], count: int, unit: int, seed: in
     """Random arrays `[count, ...]` by input name, `count` rounded up to a multiple of `unit`.
 
     Floats are standard normal; integers lie in [0, 100), or below the rows of the table they look up, but are ones if the name
-    says mask and zeros if it says token type or segment; booleans are true. An open dimension is 224 if it is the height or width of an image (rank 4, the
-    channel axis 1 or 3, or all open: then 3 channels first), else 16; one symbol has one size.
+    says mask and zeros if it says token type or segment; booleans are true. An open dimension is 224 if it is the height or
+    width of an image (rank 4, the channel axis 1 or 3, or all open: then 3 channels first), else 16; one symbol has one size.
     """
     sizes, columns = dict[str, int](), dict[str, Column]()
     for position, model_input in enumerate(inputs):

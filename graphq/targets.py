@@ -122,7 +122,8 @@ def violations(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
         if node.domain != "" or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         integer = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
-        storage = str(integer.dtype).lower() if integer is not None and integer.dtype is not None else None
+        typed = [value for value in (integer, *node.inputs[2:3]) if value is not None and value.dtype is not None]
+        storage = str(typed[0].dtype).lower() if typed else None
         if storage is not None and storage not in target.storage and storage.startswith(("int", "uint")):
             yield ir.describe(node), f"{target.name} does not take {storage} in {node.op_type}"
         zero = ir.constant(node.inputs[2]) if len(node.inputs) > 2 else None
