@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/cost.py [--out benchmarks/results] [--parts ranges,chain,io] [--rounds 3] [--tmp DIR]
 
-- ranges: the recipe int8 with each range estimator, from 64 and from 512 images, in rounds; ratios are within a round.
+- ranges: normalize and insert-qdq with each range estimator, from 64 and from 512 images, in rounds; ratios are within a round.
 - chain: what happens before the first calibration batch of a chain of 2,000 small layers (4,000 activations), and the
   whole conversion of chains of 500, 1,000 and 2,000.
 - io: reading and writing a model of 2.68 GB in external data, and its weight-only conversion.
@@ -166,7 +166,7 @@ def ranges_table(rows: Rows) -> list[str]:
                     f"{median(own, 'peak_mb'):.0f}", verdict(ratio(own, base, "peak_mb"), MEMORY_BAR),
                     verdict(ratio(own, few, "peak_mb"), MEMORY_BAR), *(scales or ["", ""]),
                 ])  # fmt: skip
-    return ["## Range estimators, recipe int8", "",
+    return ["## Range estimators, recipe normalize + insert-qdq", "",
             f"Medians over rounds; ratios are within a round. Bars: time at most {TIME_BAR} x min-max, memory at most {MEMORY_BAR} x "
             f"min-max and {MEMORY_BAR} x that of 64 images. The calibration file is read inside the "
             "conversion. What else runs on the machine only ever adds: where the median is far from the fastest "

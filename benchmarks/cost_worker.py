@@ -107,9 +107,8 @@ def make_big(out: str) -> Row:
 
 
 def plan(ranges: str = "min-max") -> recipe.Recipe:
-    """The recipe int8 with other ranges and without gates: its cost is asked for, not its merit."""
-    text = f"passes:\n  - normalize\n  - insert-qdq: {{ranges: {ranges}}}\ngates: {{max_size_ratio: 100}}\n"
-    return recipe.parse_recipe(text, f"int8-{ranges}")
+    """What every int8 recipe does, with one range estimator; no migrate, which has its own need of ranges."""
+    return recipe.parse_recipe(f"passes: [normalize, {{insert-qdq: {{ranges: {ranges}}}}}]", f"int8-{ranges}")
 
 
 def convert(model: str, calib: str, ranges: str, out: str) -> Row:
