@@ -108,7 +108,8 @@ def make_big(out: str) -> Row:
 
 def plan(ranges: str = "min-max") -> recipe.Recipe:
     """What every int8 recipe does, with one range estimator; no migrate, which has its own need of ranges."""
-    return recipe.parse_recipe(f"passes: [normalize, {{insert-qdq: {{ranges: {ranges}}}}}]", f"int8-{ranges}")
+    text = f"{{passes: [normalize, {{insert-qdq: {{ranges: {ranges}}}}}], gates: {{max_size_ratio: 100}}}}"
+    return recipe.parse_recipe(text, f"int8-{ranges}")
 
 
 def convert(model: str, calib: str, ranges: str, out: str) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnx_ir import DataType, Graph, Model, Node, Shape, Value, from_onnx_text
 
 from graphq.errors import ModelError
 from graphq.spec import ModelInput
+from graphq.untrusted import check_tensors
 
 __all__ = [
     "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "constant_shape", "describe",
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> Model:
                 expected=f"opset {MAX_OPSET} at most", hint="export with a lower opset_version, or update the onnx package",
             )  # fmt: skip
     try:
-        _check_tensors(proto, path)
+        check_tensors(proto, path, lambda kind: onnx_ir.DataType(kind).bitwidth)
         model = onnx_ir.from_proto(proto)
     except ModelError:
         raise
@@ -88,55 +88,6 @@ def _not_onnx(path: Path, why: str) -> ModelError:
         f"This is not a readable ONNX model: {why}.", where=str(path), expected="an .onnx file as an exporter wrote it",
         hint="check that the download or export finished (the file may be cut off)",
     )  # fmt: skip
-
-
-def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for entry in node.attribute:
-            yield from [entry.t, *entry.tensors]
-            for subgraph in [entry.g, *entry.graphs]:
-                yield from _proto_tensors(subgraph)
-
-
-def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse tensors that declare more than there is, before anybody allocates it, and data outside the model's folder."""
-    folder = path.parent.resolve()
-    for tensor in _proto_tensors(proto.graph):
-        where = f"tensor {tensor.name!r} of {path}"
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, folder, where)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != _declared_bytes(tensor):
-            expected = f"{_declared_bytes(tensor)} bytes, it has {len(tensor.raw_data)}"
-            raise ModelError("A tensor's data does not fit its shape.", where=where, expected=expected, hint="export the model again")
-
-
-def _check_external(tensor: onnx.TensorProto, folder: Path, where: str) -> None:
-    entry = {item.key: item.value for item in tensor.external_data}
-    file = (folder / entry.get("location", "")).resolve()
-    if not file.is_relative_to(folder) or file == folder:
-        raise ModelError(
-            "External data lies outside the model's folder.", where=where, expected=f"a file in {folder}",
-            hint="move the data file beside the model; graphq does not follow paths out of the folder",
-        )  # fmt: skip
-    if not file.is_file():
-        raise ModelError("The model's external data file is missing.", where=where, expected=str(file),
-                         hint="copy the data file beside the model")  # fmt: skip
-    declared = _declared_bytes(tensor)
-    offset, length = (entry.get(key) or default for key, default in (("offset", "0"), ("length", str(declared))))
-    if not (offset.isdecimal() and length.isdecimal() and int(length) == declared):
-        raise ModelError(
-            "The place of a tensor in its external data file makes no sense.", where=f"{where}: offset {offset}, length {length}",
-            expected=f"numbers, and a length of {declared}, as its shape says", hint="export the model again",
-        )  # fmt: skip
-    if file.stat().st_size < int(offset) + declared:
-        raise ModelError("The model's external data file is cut off.", where=where,
-                         expected=f"{file.name} of at least {int(offset) + declared} bytes, it has {file.stat().st_size}",
-                         hint="copy the data file again")  # fmt: skip
-
-
-def _declared_bytes(tensor: onnx.TensorProto) -> int:
-    return math.ceil(math.prod(tensor.dims) * onnx_ir.DataType(tensor.data_type).bitwidth / 8)
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------

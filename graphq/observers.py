@@ -32,8 +32,7 @@ class Tap:
 
     Views: `whole`, the tensor; `extrema`, a float array `[2]` with its minimum and maximum, both extended to 0 by
     the executor (every range contains 0), reduced inside the graph;
-    `channels`, a float array `[2, C]` with the minima and maxima along the last axis, reduced inside the graph;
-    `sample`, a float array `[n]` with some thousand elements for each calibration sample.
+    `channels`, `[2, C]` with the minima and maxima along the last axis; `sample`, `[n]`, some thousand elements of each sample.
     """
 
     value: str
