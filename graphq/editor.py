@@ -33,8 +33,8 @@ class Editor:
 
     @property
     def version(self) -> int:
-        """Grows with every edit: statistics of the current model are valid for one version."""
-        return self.edits.total()
+        """Grows with every edit of what is computed: statistics of the current model are valid for one version."""
+        return self.edits.total() - self.edits["annotate"]
 
     def unique(self, name: str) -> str:
         """`name`, or `name_1`, `name_2`... if it is taken; reserved from now on."""
@@ -119,6 +119,11 @@ class Editor:
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
         node.attributes[name] = ir.make_attribute(name, value)
         self.edits["attribute"] += 1
+
+    def annotate(self, node: Node, key: str, text: str) -> None:
+        """Write an entry into the metadata of `node`, which changes nothing that it computes."""
+        node.metadata_props[key] = text
+        self.edits["annotate"] += 1
 
     def remove(self, nodes: Node | Iterable[Node]) -> None:
         nodes = [nodes] if isinstance(nodes, Node) else list(nodes)
