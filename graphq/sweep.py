@@ -1,15 +1,16 @@
 """The sweep: one walk over the reference and the current model that stops at every node a pass wants to work on.
 
 Layer-by-layer methods need, for each linear node, the activations that reach it in the current model (everything before it
-already changed) and in the reference. The walk keeps the tensors that later nodes still read (the frontier) for all
-calibration samples, so that each node of either model runs once, whatever the depth (DESIGN.md 5).
+already changed) and what it computes in the reference. Either walk keeps the tensors that later nodes still read (the frontier)
+for all calibration samples, so that each node runs once at most, whatever the depth (DESIGN.md 5).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +30,23 @@ class SweepStep:
 
     Attributes:
         node: The node in the current model.
-        x_ref, x_cur: What its first input is in the reference and in the current model, one array per batch.
-        y_ref: Its first output in the reference.
+        x_cur: What its first input is in the current model, one array per batch.
     """
 
     node: ir.Node
-    x_ref: Batches
     x_cur: Batches
-    y_ref: Batches
-    _run: Callable[[ir.Node], Batches]
+    _current: _Walk
+    _reference: _Walk
+    _twin: ir.Node
+
+    @cached_property
+    def y_ref(self) -> Batches:
+        """First output of the node in the reference, which runs only for those who ask; to be read before the sweep goes on."""
+        return self._reference.advance([self._twin.outputs[0]])
 
     def y_cur(self) -> Batches:
-        """First output of the node as it is now, fed with `x_cur`."""
-        return self._run(self.node)
+        """First output of the node as it is now, fed with `x_cur`: the node runs once more for it."""
+        return self._current.peek(self.node.outputs[0])
 
 
 def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib: CalibrationSet, *, memory_budget: int = 2 << 30,
@@ -64,10 +69,8 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
         current, float_walk = _Walk(model, feeds, store), _Walk(reference, feeds, store)
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
-            twin = namesakes[node.name]
-            x_ref = float_walk.until(twin)
-            y_ref = float_walk.step(twin)
-            yield SweepStep(node, x_ref, current.until(node), y_ref, current.peek)
+            x_cur = current.advance(node.inputs)
+            yield SweepStep(node, x_cur, current, float_walk, namesakes[node.name])
 
 
 class _Store:
@@ -102,57 +105,66 @@ class _Walk:
         self.inputs = {value: feeds[value.name or ""] for value in model.graph.inputs if value.name in feeds}
         self.live: dict[ir.Value, Batches] = dict(self.inputs)
 
-    def until(self, stop: ir.Node) -> Batches:
-        """Run everything before `stop`; returns its first input."""
-        pending = []
-        for node in self.graph:
-            if node is stop:
-                break
-            if node not in self.done:
-                pending.append(node)
-        self._run(pending, keep=set(stop.inputs))
-        first = stop.inputs[0]
-        assert first is not None
-        return self._arrays(first)
+    def advance(self, values: Sequence[ir.Value | None]) -> Batches:
+        """Run what `values` depend on and has not run yet; returns the first of them. What nobody else will read is dropped."""
+        asked = [value for value in values if value is not None]
+        due = self._due(asked)
+        dynamic = self._dynamic(due)
+        self.done.update(dynamic)
+        wanted = [value for node in dynamic for value in node.outputs if value in asked or self._is_read_later(value)]
+        if wanted:
+            self.live.update(self._execute(due, wanted, self.store.put))
+        for value in [value for value in self.live if value not in asked and value not in self.inputs and not self._is_read_later(value)]:
+            self.store.drop(self.live.pop(value))
+        return self._arrays(asked[0])
 
-    def step(self, node: ir.Node) -> Batches:
-        """Run `node` itself; returns its first output."""
-        self._run([node], keep={node.outputs[0]})
-        return self._arrays(node.outputs[0])
+    def peek(self, value: ir.Value) -> Batches:
+        """What `value` is now, without counting anything as run."""
+        return self._execute(self._due([value]), [value])[value]
 
     def _arrays(self, value: ir.Value) -> Batches:
         """The value for each batch, the same for all if it depends on no input."""
         if value in self.live:
             return self.live[value]
-        maker, array = value.producer(), ir.constant(value)
-        if maker is None or array is not None:
-            assert array is not None, "every input is fed"
-            return [array] * len(next(iter(self.inputs.values())))
-        return self._execute([maker], [value])[value]
-
-    def peek(self, node: ir.Node) -> Batches:
-        """First output of `node` without counting it as run."""
-        return self._execute([node], [node.outputs[0]])[node.outputs[0]]
-
-    def _run(self, nodes: list[ir.Node], keep: set[ir.Value | None]) -> None:
-        nodes = self._dynamic(nodes)
-        self.done.update(nodes)
-        wanted = [value for node in nodes for value in node.outputs if value in keep or self._is_read_later(value)]
-        if nodes and wanted:
-            self.live.update(self._execute(nodes, wanted, self.store.put))
-        for value in [value for value in self.live if value not in keep and value not in self.inputs and not self._is_read_later(value)]:
-            self.store.drop(self.live.pop(value))
+        array = ir.constant(value)
+        if array is None:
+            assert value.producer() not in self.done, "a step is over when the sweep goes on"
+            return self.peek(value)
+        return [array] * len(next(iter(self.inputs.values())))
 
     def _execute(self, nodes: Sequence[ir.Node], wanted: Sequence[ir.Value],
                  put: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> dict[ir.Value, Batches]:  # fmt: skip
         """Values that `nodes` make, for each batch, given to `put` batch by batch, so that no more than one lies in memory."""
         feeds = {value.name or "": arrays for value, arrays in self.live.items()}
         kinds = {name: arrays[0].dtype for name, arrays in feeds.items() if arrays}
-        executor = Executor(self.model, [Fetch(value.name or "") for value in wanted], nodes=[*self._constants(nodes), *nodes], feeds=kinds)
+        executor = Executor(self.model, [Fetch(value.name or "") for value in wanted], nodes=nodes, feeds=kinds)
         count = len(next(iter(feeds.values()), []))
         runs = (executor.run({name: arrays[index] for name, arrays in feeds.items()}) for index in range(count))
         results = [[put(array) for array in run] for run in runs]
         return {value: list(arrays) for value, arrays in zip(wanted, zip(*results, strict=True), strict=True)}
+
+    def _due(self, values: Iterable[ir.Value]) -> list[ir.Node]:
+        """The nodes that have to run for `values`, each after those that it reads from."""
+        found, stack = dict[ir.Node, None](), [(value.producer(), False) for value in values]
+        while stack:
+            node, is_ready = stack.pop()
+            if node is None or node in self.done or node in found:
+                continue
+            if is_ready:
+                found[node] = None
+            else:
+                stack.append((node, True))
+                stack += [(value.producer(), False) for value in ir.reads(node)]
+        return list(found)
+
+    def _dynamic(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+        """Those of `nodes` that depend on a graph input; what does not runs again with whoever reads it."""
+        found = dict[ir.Node, None]()
+        for node in nodes:
+            makers = [(value, value.producer()) for value in ir.reads(node)]
+            if any(value in self.live or value.is_graph_input() or maker in self.done or maker in found for value, maker in makers):
+                found[node] = None
+        return list(found)
 
     def _is_read_later(self, value: ir.Value) -> bool:
         return any(self._outer(use.node) not in self.done for use in value.uses())
@@ -163,24 +175,3 @@ class _Walk:
 
     def _holders(self) -> dict[ir.Node, ir.Node]:
         return {inner: node for node in self.graph for inner in ir.nodes_inside(node)}
-
-    def _dynamic(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-        """Those of `nodes`, all that are due, that depend on a graph input; what does not is run with whoever reads it."""
-        found = dict[ir.Node, None]()
-        for node in nodes:
-            makers = [(value, value.producer()) for value in ir.reads(node)]
-            if any(value in self.live or value.is_graph_input() or maker in self.done or maker in found for value, maker in makers):
-                found[node] = None
-        return list(found)
-
-    def _constants(self, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-        """The nodes that compute constants which `nodes` read, such as the DequantizeLinear of a weight, in order."""
-        known, stack, found = {*nodes, *self.done}, list(nodes), list[ir.Node]()
-        while stack:
-            for value in ir.reads(stack.pop()):
-                maker = value.producer()
-                if maker is not None and maker not in known:
-                    known.add(maker)
-                    found.append(maker)
-                    stack.append(maker)
-        return sorted(found, key={node: index for index, node in enumerate(self.graph)}.__getitem__) if len(found) > 1 else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,12 +102,11 @@ def test_every_step_equals_plain_runs(models: tuple[ir.Model, ir.Model, tuple[st
     seen = []
     for step in walk(model, reference, stops, memory_budget=budget):
         twin = twins[step.node.name]
-        x_cur, x_ref, y_ref = (joined(part) for part in (step.x_cur, step.x_ref, step.y_ref))
+        x_cur, y_ref = joined(step.x_cur), joined(step.y_ref)
         np.testing.assert_array_equal(x_cur, values(model, step.node.inputs[0]))
-        np.testing.assert_array_equal(x_ref, values(reference, twin.inputs[0]))
         np.testing.assert_array_equal(y_ref, values(reference, twin.outputs[0]))
         if seen and step.node.op_type == "MatMul":
-            assert not np.array_equal(x_cur, x_ref), step.node.name
+            assert not np.array_equal(x_cur, values(reference, twin.inputs[0])), step.node.name
         if step.node.op_type == "MatMul":
             old = ir.constant(step.node.inputs[1])
             assert old is not None
@@ -131,28 +130,59 @@ def test_any_node_can_be_a_stop() -> None:
         np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
 
 
-def test_every_node_runs_once_in_either_model(models: tuple[ir.Model, ir.Model, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference, stops = models
-    ran: dict[ir.Model, Counter[str]] = {model: Counter(), reference: Counter()}
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> dict[ir.Model, Counter[str]]:
+    """How often each node of each model has run, and under "sessions" how many sessions there were."""
+    found: dict[ir.Model, Counter[str]] = defaultdict(Counter)
     init, run = Executor.__init__, Executor.run
 
     def noting_init(self: Executor, which: ir.Model, *args: object, **options: object) -> None:
         init(self, which, *args, **options)  # type: ignore[arg-type]
         self.noted = (which, [node.name for node in options["nodes"]])  # type: ignore[attr-defined]
+        found[which]["sessions"] += 1
 
     def noting_run(self: Executor, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         which, names = self.noted  # type: ignore[attr-defined]
-        ran[which].update(names)
+        found[which].update(names)
         return run(self, feeds)
 
     monkeypatch.setattr(Executor, "__init__", noting_init)
     monkeypatch.setattr(Executor, "run", noting_run)
-    list(walk(model, reference, stops))
-    batches = -(-SAMPLES // sweep.BATCH)
-    names = [node.name for node in model.graph]
-    before = names[: names.index(stops[-1])]
-    assert ran[model] == dict.fromkeys(before, batches)
-    assert ran[reference] == dict.fromkeys([*before, stops[-1]], batches)
+    return found
+
+
+BATCHES = -(-SAMPLES // 8)
+NEEDED = {"branches": ["first", "relu", "second", "residual"], "if": ["first", "relu", "any", "count", "flag", "choice"]}
+"""What the stops of the models above depend on."""
+
+
+@pytest.mark.parametrize("case", ["branches", "if"])
+def test_every_node_runs_once_in_either_model(case: str, ran: dict[ir.Model, Counter[str]]) -> None:
+    model = ir.from_onnx_text(BRANCHES if case == "branches" else IF_MODEL)
+    reference, stops = ir.clone(model), LINEAR if case == "branches" else ("first", "second")
+    for step in walk(model, reference, stops):
+        assert len(step.y_ref) == BATCHES
+    assert len(step.y_ref) == BATCHES  # a second time, it is there already
+    del ran[model]["sessions"], ran[reference]["sessions"]
+    assert ran[model] == dict.fromkeys(NEEDED[case], BATCHES)
+    assert ran[reference] == dict.fromkeys([*NEEDED[case], *stops[-1 if case == "if" else -2 :]], BATCHES)
+
+
+def test_the_reference_runs_only_for_who_asks(ran: dict[ir.Model, Counter[str]]) -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    reference = ir.clone(model)
+    steps = list(walk(model, reference, LINEAR))
+    assert ran[model] and not ran[reference]
+    assert steps[2].y_ref and set(ran[reference]) == {"sessions", *NEEDED["branches"], "left"}
+    with pytest.raises(AssertionError, match="over"):
+        _ = steps[1].y_ref
+
+
+def test_stops_that_read_one_value_cost_one_session(ran: dict[ir.Model, Counter[str]]) -> None:
+    """As query, key and value do: what the first of them computes is not needed for the others."""
+    model = ir.from_onnx_text(BRANCHES)
+    list(walk(model, ir.clone(model), ("left", "right")))
+    assert ran[model]["sessions"] == 1
 
 
 def test_what_nobody_reads_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +209,7 @@ def test_spilling_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert all(isinstance(array, np.memmap) for array in step.y_ref)
     assert peak > 0 and not list(tmp_path.iterdir())
     unfinished = walk(model, ir.clone(model), LINEAR, memory_budget=0)
-    next(unfinished)
+    assert next(unfinished).y_ref
     assert list(tmp_path.rglob("*.npy"))
     unfinished.close()  # type: ignore[attr-defined]
     assert not list(tmp_path.iterdir())
@@ -228,7 +258,8 @@ def test_pairs_and_weights_put_in_on_the_way_are_seen_downstream() -> None:
     edit = Editor(model)
     for index, step in enumerate(walk(model, reference, LINEAR)):
         np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
-        assert np.array_equal(joined(step.x_cur), joined(step.x_ref)) == (index == 0)
+        twin = next(node for node in reference.graph if node.name == step.node.name)
+        assert np.array_equal(joined(step.x_cur), values(reference, twin.inputs[0])) == (index == 0)
         quantize(edit, step)
         np.testing.assert_array_equal(joined(step.y_cur()), values(model, step.node.outputs[0]))
 
@@ -260,9 +291,9 @@ m (float[n, 4] x) => (float[n, 4] y)
 {{ [folded] k = Neg(w)  [product] a = MatMul(k, v)  [turned] b = MatMul(a, v)  [last] y = MatMul(x, b) }}""")
     for step in walk(model, ir.clone(model), ("product", "turned", "last")):
         if step.node.name != "last":
-            for batch in (*step.x_cur, *step.x_ref):
+            for batch in step.x_cur:
                 np.testing.assert_array_equal(batch, values(model, step.node.inputs[0])[:4])
             np.testing.assert_array_equal(step.y_ref[0], step.y_cur()[0])
         else:
-            np.testing.assert_array_equal(joined(step.x_cur), joined(step.x_ref))
+            np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
             np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
