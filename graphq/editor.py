@@ -14,7 +14,7 @@ import numpy as np
 
 from graphq import ir
 from graphq.errors import ModelError
-from graphq.ir import Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
+from graphq.ir import Function, Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
 
 
 class Editor:
@@ -92,6 +92,12 @@ class Editor:
         self.edits["insert"] += 1
         return node.outputs[0]
 
+    def add_function(self, function: Function) -> None:
+        """Put a model-local function into the model; `graphq.functions` calls it."""
+        self.model.functions[function.identifier()] = function
+        self.model.opset_imports.setdefault(function.domain, 1)
+        self.edits["function"] += 1
+
     def rewire(self, node: Node, index: int, value: Value | None) -> None:
         """Let `node` read `value` as input `index`."""
         if index >= len(node.inputs):
@@ -152,7 +158,8 @@ class Editor:
             from onnxscript import version_converter
 
             tensors = {name: value.const_value for name, value in self.model.graph.initializers.items()}
-            version_converter.convert_version(self.model, version, fallback=True)
+            with ir.own_functions_aside(self.model):  # they would be inlined
+                version_converter.convert_version(self.model, version, fallback=True)
             for name, value in self.model.graph.initializers.items():  # a conversion by onnx itself forgets where external data lies
                 value.const_value = tensors.get(name, value.const_value)
             if opset(self.model) < version:

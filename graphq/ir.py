@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir
-from onnx_ir import DataType, Graph, Model, Node, Shape, Value, from_onnx_text
+from onnx_ir import DataType, Function, Graph, Model, Node, Shape, Value, from_onnx_text
 
 from graphq.errors import ModelError
 from graphq.spec import ModelInput
 from graphq.untrusted import check_tensors
 
 __all__ = [
-    "DataType", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant", "constant_shape", "describe",
-    "from_onnx_text", "inputs", "is_float", "light_proto", "load", "make_node", "nodes_inside", "opset", "producer", "reads", "save",
-    "segment_proto", "shape_of", "subgraphs", "to_proto", "uses", "values_by_name",
+    "DOMAIN", "DataType", "Function", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
+    "constant_shape", "describe", "from_onnx_text", "function_from_text", "inputs", "is_float", "is_same_function", "light_proto", "load",
+    "make_node", "nodes_inside", "opset", "own_functions_aside", "producer", "reads", "save", "segment_proto", "shape_of", "subgraphs",
+    "to_proto", "uses", "values_by_name",
 ]  # fmt: skip
+
+DOMAIN = "graphq"
+"""Domain of the operators that passes write as model-local functions (see `graphq.functions`)."""
 
 MAX_OPSET = onnx.defs.onnx_opset_version()
 _PROTOBUF_LIMIT = 1 << 31
@@ -312,3 +317,30 @@ def make_attribute(name: str, value: Any) -> onnx_ir.Attr:
 def tensor_type(storage: str) -> onnx_ir.TensorType:
     """The type of a tensor of `int8`, `uint4`, `float32`..."""
     return onnx_ir.TensorType(onnx_ir.DataType[{"float32": "FLOAT"}.get(storage, storage.upper())])
+
+
+# ---- model-local functions ------------------------------------------------------------------------------------------
+
+
+def function_from_text(text: str) -> Function:
+    return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def is_same_function(a: Function, b: Function) -> bool:
+    """Whether two functions take, compute and return the same, name by name."""
+    one, other = (onnx_ir.serde.serialize_function(function) for function in (a, b))
+    return (one.input, one.output, one.node) == (other.input, other.output, other.node)
+
+
+@contextmanager
+def own_functions_aside(model: Model) -> Iterator[None]:
+    """Take the functions of `DOMAIN` out of `model`, so that no tool inlines them; put back, they import the opset it then has."""
+    kept = {key: function for key, function in model.functions.items() if function.domain == DOMAIN}
+    for key in kept:
+        del model.functions[key]
+    try:
+        yield
+    finally:
+        for key, function in kept.items():
+            function.opset_imports[""] = opset(model)
+            model.functions[key] = function

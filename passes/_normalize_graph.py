@@ -64,18 +64,18 @@ def free_initializers(edit: Editor) -> None:
 def inline_functions(ctx: PassContext) -> None:
     """Put the bodies of model-local functions into the graph, so that their weights are seen.
 
-    Functions of the domain `graphq` are the emitted form of a compressed operator and stay; then all of them do.
+    Functions of the domain `graphq` are the emitted form of a compressed operator and stay.
 
     Raises:
         ModelError: a function cannot be inlined.
     """
-    functions = ctx.model.functions.values()
-    if not functions or any(function.domain == "graphq" for function in functions):
+    if all(function.domain == ir.DOMAIN for function in ctx.model.functions.values()):
         return
     from onnxscript.optimizer import inline
 
     try:
-        inline(ctx.model)
+        with ir.own_functions_aside(ctx.model):
+            inline(ctx.model)
     except Exception as error:  # onnx_ir wraps several unrelated types
         raise ModelError(f"The model's local functions cannot be inlined: {error.__cause__ or error}",
                          hint="export the model without local functions") from error  # fmt: skip

@@ -1,0 +1,35 @@
+"""Model-local functions: operators that no runtime has, each with a body of standard ones (tier T2 of METHODS.md 1.4).
+
+The body is the specification of the operator: any runtime runs it, and what a kernel of the same name computes is tested
+against it. Numbers come in as inputs, so that one function serves all nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphq import ir
+from graphq.editor import Editor
+from graphq.errors import ModelError
+
+
+def call(edit: Editor, body: str, anchor: ir.Node | None, values: Sequence[ir.Value | None], *, output: str, like: ir.Value,
+         after: bool = True) -> ir.Value:  # fmt: skip
+    """Insert a node that calls the function `body`, as `Editor.insert` does; the function is added to the model once.
+
+    Args:
+        body: ONNX text without a header: `Name (x, scale) => (y) { y = Mul(x, scale) }`. Its operators are of the model's opset.
+
+    Raises:
+        ModelError: the model has another function of that name.
+    """
+    function = ir.function_from_text(f'<domain: "{ir.DOMAIN}", opset_import: ["" : {ir.opset(edit.model)}]>\n{body}')
+    known = edit.model.functions.get(function.identifier())
+    if known is None:
+        edit.add_function(function)
+    elif not ir.is_same_function(known, function):
+        raise ModelError(
+            f"The model holds another function {ir.DOMAIN}.{function.name} than this version of graphq writes.",
+            hint="compress the original model, not one that an older version of graphq wrote",
+        )  # fmt: skip
+    return edit.insert(anchor, function.name, values, domain=ir.DOMAIN, output=output, like=like, after=after)
