@@ -6,10 +6,11 @@ What holds afterwards, for the main graph and its subgraphs:
 2. Weights are initializers: `Constant` nodes are lifted, constant expressions folded, and an initializer that is also listed as
    an input (an optional override of a default) is a constant from now on: what may change per call cannot be compressed.
 3. No dead nodes, no `Identity`, no inference-time `Dropout`; model-local functions are inlined (but those of the domain `graphq`).
-4. `BatchNormalization` is folded into the linear operator before it where that is exact. Its parameters stay readable as
+4. The fused `Attention` is written as MatMul and Softmax, unless it keeps a cache.
+5. `BatchNormalization` is folded into the linear operator before it where that is exact. Its parameters stay readable as
    `node.meta[BATCH_NORM]` of that operator, for data-free methods (METHODS.md 3.4); `meta` survives a clone, not a file.
-5. Shapes and element types are known wherever ONNX can infer them.
-6. The operator set is at least the target's minimum and at most its newest; the file format fits both.
+6. Shapes and element types are known wherever ONNX can infer them.
+7. The operator set is at least the target's minimum and at most its newest; the file format fits both.
 
 Quantizers that are in the model already stay as they are.
 """
@@ -22,6 +23,7 @@ from pydantic import Field
 
 from graphq import ir
 from graphq.errors import TargetError
+from graphq.passes import _normalize_attention as attention
 from graphq.passes import _normalize_batch_norm as batch_norm
 from graphq.passes import _normalize_fold as fold
 from graphq.passes import _normalize_graph as graph
@@ -66,6 +68,8 @@ class Normalize(Pass):
         graph.unique_names(edit)
         graph.lift_constants(edit)
         graph.drop_identities(edit)
+        if attention.decompose_attention(ctx):
+            opset.infer_shapes(ctx)
         fold.fold_constants(edit, self.fold_limit)
         batch_norm.fold_batch_norms(ctx)
         edit.prune()
