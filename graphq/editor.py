@@ -126,6 +126,11 @@ class Editor:
         node.attributes[name] = ir.make_attribute(name, value)
         self.edits["attribute"] += 1
 
+    def change_operator(self, node: Node, op_type: str) -> None:
+        """Let `node` be another operator of the default domain that takes the same inputs and attributes."""
+        node.op_type = op_type
+        self.edits["operator"] += 1
+
     def annotate(self, node: Node, key: str, text: str) -> None:
         """Write an entry into the metadata of `node`, which changes nothing that it computes."""
         node.metadata_props[key] = text

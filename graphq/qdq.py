@@ -6,7 +6,7 @@ DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,24 +20,35 @@ INT32_LIMIT = float(1 << 30)
 """Largest magnitude of a bias code: half of the type, which leaves the accumulator as much room again."""
 
 
-def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec, readers: Iterable[tuple[ir.Node, int]]) -> ir.Value:
+def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec, readers: Iterable[tuple[ir.Node, int]],
+                through: Sequence[ir.Node] = ()) -> ir.Value:  # fmt: skip
     """Put one QDQ pair on `value` and let `readers` (node, input index) read its result, which is returned.
 
-    A width that ONNX does not store gets an explicit Clip before it (METHODS.md 1.2).
+    A width that ONNX does not store gets an explicit Clip before it (METHODS.md 1.2). `through` is a chain of nodes, the last
+    of which makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
     """
-    anchor, after = value.producer(), True
+    start = through[0].inputs[0] if through else value
+    assert start is not None
+    anchor, after = start.producer(), True
     if anchor is None or anchor.graph is not edit.model.graph:
         anchor, after = None, False
-    name, source = value.name or "value", value
+    name, source = value.name or "value", start
     scale, zero = _qparam_values(edit, name, qparams, spec)
     if spec.bits != spec.storage_bits:
         steps = np.array([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)], np.float32) * qparams.scale
         low, high = (edit.initializer(f"{name}_clip_{end}", np.asarray(step)) for end, step in zip(("low", "high"), steps, strict=True))
-        source = edit.insert(anchor, "Clip", [value, low, high], output=f"{name}_clipped", like=value, after=after)
+        source = edit.insert(anchor, "Clip", [source, low, high], output=f"{name}_clipped", like=start, after=after)
         anchor, after = source.producer(), True
     codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
-    codes.shape, codes.type = value.shape, ir.tensor_type(spec.storage)
-    result = edit.insert(codes.producer(), "DequantizeLinear", [codes, scale, zero], output=f"{name}_dequantized", like=value, after=True)
+    codes.shape, codes.type = start.shape, ir.tensor_type(spec.storage)
+    maker = codes.producer()
+    if through:
+        edit.rewire(through[0], 0, codes)
+        for node in through:
+            node.outputs[0].type = ir.tensor_type(spec.storage)
+        codes, maker = value, through[-1]
+    result = edit.insert(maker, "DequantizeLinear", [codes, scale, zero], output=f"{name}_dequantized", after=True)
+    result.shape, result.type = value.shape, ir.tensor_type("float32")
     for node, index in readers:
         edit.rewire(node, index, result)
     return result

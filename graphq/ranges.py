@@ -141,7 +141,9 @@ class Entropy:
         return _at_least(divergence, lows, highs)
 
 
-ESTIMATORS: dict[str, type[MinMax | Percentile | Mse | Entropy]] = {
+Estimator = MinMax | Percentile | Mse | Entropy
+
+ESTIMATORS: dict[str, type[Estimator]] = {
     "min-max": MinMax,
     "percentile": Percentile,
     "mse": Mse,

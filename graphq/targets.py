@@ -43,7 +43,10 @@ class Target:
         opset, ir_version: The newest it loads.
         ops: Rule by operator type; operators without a row stay float.
         fused_activations: Operators that disappear into the integer kernel before them.
+        moves_codes: Operators that only move elements, of 8-bit integers as well as of floats.
+        forms: Forms of float operators that it runs faster than what exporters write; see the pass `tune`.
         storage: Element types that its DequantizeLinear takes.
+        activation_storage: Those of them that activations may have.
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
@@ -59,7 +62,10 @@ class Target:
     ir_version: int
     ops: Mapping[str, OpRule]
     fused_activations: frozenset[str] = frozenset()
+    moves_codes: frozenset[str] = frozenset()
+    forms: frozenset[str] = frozenset()
     storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
+    activation_storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     measures_speed: bool = False
     builds_engines: bool = False
     integer_lookup: bool = True
@@ -87,7 +93,8 @@ _TENSORRT = Target(
     name="tensorrt",
     about="NVIDIA TensorRT 11: strongly typed, symmetric INT8, float bias",
     activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
-    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), builds_engines=True, integer_lookup=False,
+    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), activation_storage=frozenset({"int8"}),
+    builds_engines=True, integer_lookup=False,
 )  # fmt: skip
 
 TARGETS: Mapping[str, Target] = MappingProxyType({
@@ -96,6 +103,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         about="ONNX Runtime on a CPU: uint8 activations with int8 weights run on VNNI and AMX",
         activation=replace(_INT8, signed=False, symmetric=False), weight=_INT8_WEIGHT, bias_int32=True, symmetric_only=False,
         opset=26, ir_version=13, ops=MappingProxyType(_ORT_OPS), fused_activations=frozenset({"Relu", "Clip"}),
+        moves_codes=frozenset({*_SHAPE_ONLY, "SpaceToDepth"}),
+        forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask"}),
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
     ),
     "tensorrt": _TENSORRT,

@@ -2,6 +2,7 @@
 
 CATALOG = {
     "normalize": "graphq.passes.normalize:Normalize",
+    "tune": "graphq.passes.tune:Tune",
     "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
     "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
     "equalize": "graphq.passes.equalize:Equalize",

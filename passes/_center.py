@@ -15,8 +15,7 @@ import numpy as np
 from graphq import ir, linear
 from graphq.editor import Editor
 from graphq.passes import _bias
-from graphq.quantizers import QParams, Uniform
-from graphq.spec import QuantSpec
+from graphq.quantizers import QParams
 
 WORTHWHILE = 1.15
 """Centre only if that makes the scale smaller by this factor."""
@@ -42,12 +41,9 @@ def insert(edit: Editor, value: ir.Value, qparams: QParams) -> tuple[ir.Value, Q
     return moved, replace(qparams, zero_point=np.zeros_like(qparams.zero_point))
 
 
-def compensate(edit: Editor, node: ir.Node, activation: QParams, spec: QuantSpec, weight: QParams) -> None:
-    """Take `z s colsum(W)` out of the bias of `node`, whose weight is still float and will be quantized with `weight`."""
-    array = ir.constant(linear.weight_of(node))
-    assert array is not None
-    quantized = Uniform(spec).fake_quantize(array, weight)
-    _bias.shift(edit, node, -float(_offset(activation)) * quantized.sum(linear.in_axis(node), dtype=np.float64))
+def compensate(edit: Editor, node: ir.Node, activation: QParams, weight: np.ndarray) -> None:
+    """Take `z s colsum(W)` out of the bias of `node`, with `weight` as it will be once it is quantized."""
+    _bias.shift(edit, node, -float(_offset(activation)) * weight.sum(linear.in_axis(node), dtype=np.float64))
 
 
 def _offset(qparams: QParams) -> np.ndarray:

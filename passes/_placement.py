@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from graphq import ir, linear
+from graphq import ir, linear, precision
 from graphq.errors import RecipeError
+from graphq.precision import Bits
 from graphq.targets import Target
 
 Reader = tuple[ir.Node, int]
 
 WORTH_ROUNDING = 0.05
 """Share of all multiply-adds from which a layer is worth an extra rounding of its output."""
+
+EIGHT = Bits(8, 8)
 
 
 @dataclass
@@ -31,7 +34,11 @@ class Placement:
         whole: Those of them that all readers read quantized, because an integer kernel makes them.
         derived: Those whose integers come unchanged from others of their group, so that they need no range of their own.
         groups: Values that must share one scale, each list of length 2 or more.
+        carriers: For some of them, the nodes that make them by moving elements only, and shall move integers instead.
         skipped: Nodes left float, with the reason.
+        bits: What each anchor is quantized to.
+        weights_only: Linear nodes for which a float activation was asked.
+        products: MatMuls of two activations (attention), both of whose inputs are quantized.
     """
 
     anchors: list[ir.Node] = field(default_factory=list)
@@ -39,21 +46,34 @@ class Placement:
     whole: set[ir.Value] = field(default_factory=set)
     derived: set[ir.Value] = field(default_factory=set)
     groups: list[list[ir.Value]] = field(default_factory=list)
+    carriers: dict[ir.Value, list[ir.Node]] = field(default_factory=dict)
     skipped: list[tuple[ir.Node, str]] = field(default_factory=list)
+    bits: dict[ir.Node, Bits] = field(default_factory=dict)
+    weights_only: list[ir.Node] = field(default_factory=list)
+    products: list[ir.Node] = field(default_factory=list)
+
+    def activation_bits(self, value: ir.Value) -> int:
+        """The widest that an anchor which reads `value` asks for; 8 if only others read it."""
+        asked = [self.bits[node].activation for node, _ in self.readers[value] if node in self.bits]
+        return max((bits for bits in asked if bits is not None), default=8)
 
 
-def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_float: Mapping[ir.Node, str] | None = None) -> Placement:
+def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_float: Mapping[ir.Node, str] | None = None,
+          default: Bits = EIGHT, attention: bool = False) -> Placement:  # fmt: skip
     """Decide for every node of the main graph.
 
     Args:
         exclude: Patterns (`*`, `?`) of node names or operator types that stay float.
         keep_float: Further nodes that stay float, with the reason.
+        default: Bits of the layers for which nobody asked for others.
+        attention: Whether MatMuls of two activations are quantized as well, at the default's bits.
     """
     plan = Placement()
     for node in model.graph:
         reason = _refusal(node, target, exclude, keep_float or {})
         if reason is None:
-            plan.anchors.append(node)
+            plan.bits[node] = precision.asked(node, default)
+            (plan.anchors if plan.bits[node].activation is not None else plan.weights_only).append(node)
         elif reason:
             plan.skipped.append((node, reason))
     for node in ir.all_nodes(model):
@@ -68,12 +88,48 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
     made = [fused_output(node, target) for node in [*plan.anchors, *flowing] if target.ops[node.op_type].quantized_output]
     plan.whole = set(made)
     plan.readers = {value: [(use.node, use.idx) for use in value.uses()] for value in made}
-    for node in plan.anchors:
-        if linear.data_of(node) not in plan.whole:
-            plan.readers.setdefault(linear.data_of(node), []).append((node, linear.data_index(node)))
+    edges = [(node, linear.data_index(node)) for node in plan.anchors]
+    if attention:
+        plan.products = [node for node in model.graph if _is_product(node, exclude)]
+        plan.bits |= {node: default for node in plan.products}
+        edges += [(node, index) for node in plan.products for index in (0, 1) if not _is_coded(node.inputs[index])]
+    for node, index in edges:
+        value = node.inputs[index]
+        if value is not None and value not in plan.whole:
+            plan.readers.setdefault(value, []).append((node, index))
     plan.groups = _groups(flowing, target)
     plan.derived = {fused_output(node, target) for node in flowing if target.ops[node.op_type].shared_scale}
+    for value, readers in plan.readers.items():
+        chain = _carriers(value, len(readers), target) if value not in plan.whole else []
+        if chain:
+            plan.carriers[value] = chain
     return plan
+
+
+def _is_product(node: ir.Node, exclude: Sequence[str]) -> bool:
+    """Whether `node` multiplies two activations, as attention does."""
+    if node.domain or node.op_type != "MatMul" or _is_excluded(node, exclude):
+        return False
+    return all(ir.is_float(value) and ir.constant(value) is None for value in node.inputs)
+
+
+def _is_coded(value: ir.Value | None) -> bool:
+    """Whether a quantizer of graphq's own, such as that of softmax, made `value`."""
+    maker = ir.producer(value)
+    return maker is not None and maker.domain == "graphq"
+
+
+def _carriers(value: ir.Value, readers: int, target: Target) -> list[ir.Node]:
+    """The chain of nodes before `value` that only move elements, as long as nobody but its `readers` sees them."""
+    chain: list[ir.Node] = []
+    maker = ir.producer(value)
+    while maker is not None and not maker.domain and maker.op_type in target.moves_codes and len(ir.uses(value)) == readers:
+        if value.is_graph_output():
+            break
+        chain.append(maker)
+        value, readers = maker.inputs[0], 1  # type: ignore[assignment]
+        maker = ir.producer(value)
+    return chain[::-1]
 
 
 def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: Mapping[ir.Node, str]) -> str | None:
@@ -87,6 +143,8 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
         return f"{target.name} has no integer kernel for {node.op_type}"
     if node in keep_float:
         return keep_float[node]
+    if precision.asked(node, EIGHT) == Bits(None, None):
+        return "float was asked for it"
     data = linear.data_of(node)
     if data.is_initializer() or not ir.is_float(data):
         return "its data input is not a float32 activation"

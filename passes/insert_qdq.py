@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, qdq, ranges
 from graphq.errors import TargetError
-from graphq.passes import _bias, _center, _layer_error, _placement, _tables
+from graphq.passes import _bias, _center, _formats, _layer_error, _placement, _tables
+from graphq.passes._formats import Format
 from graphq.passes._layer_error import LayerError
 from graphq.passes._placement import Placement
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.quantizers import QParams, Uniform
+from graphq.precision import Bits
+from graphq.quantizers import Uniform
+from graphq.ranges import Estimator
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
-
-Format = tuple[QuantSpec, QParams]
 
 ENOUGH_ROWS = 128
 """A mean over fewer positions is noise rather than a bias."""
@@ -43,6 +43,10 @@ class InsertQdq(Pass):
         float_budget: Share of the multiply-adds that may stay float for that reason; the worst layers go first.
         error_samples: Calibration samples for measuring layer errors; 0 measures nothing.
         correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721).
+        activation_bits: Width of activations, where no pass before asked for another (`mixed-precision`).
+        weight_bits: The same for weights.
+        weights: Whether to quantize weights too; without it a later `round` does.
+        attention: Whether to quantize what MatMuls of two activations read as well.
         tables: Whether to quantize large embedding tables.
         center: Whether to shift one-sided activations to the middle of a symmetric range, for targets without zero points.
     """
@@ -58,6 +62,10 @@ class InsertQdq(Pass):
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     error_samples: Annotated[int, Field(ge=0)] = 4
     correct_bias: bool = True
+    activation_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    weights: bool = True
+    attention: bool = False
     tables: bool = True
     center: bool = True
 
@@ -65,17 +73,24 @@ class InsertQdq(Pass):
         _placement.require_matches(model, self.exclude)
         if self.allow_no_effect:
             return
-        if not _placement.place(model, target, exclude=self.exclude).anchors:
+        spec = replace(target.activation, bits=self.activation_bits)
+        if spec.storage not in target.activation_storage:
+            raise TargetError(
+                f"{target.name} does not take {spec.storage} activations.", where=f"activation_bits: {self.activation_bits}",
+                expected=f"bits stored as {' or '.join(sorted(target.activation_storage))}",
+                hint="ask for more bits, or take another target",
+            )  # fmt: skip
+        if not self._place(model, target).readers:
             raise TargetError(
                 "There is nothing to quantize.", expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
                 hint="`graphq inspect` lists the nodes with the reason why each stays float",
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        plan = _placement.place(model, ctx.target, exclude=self.exclude)
-        formats = self._formats(plan, ctx)
+        plan = self._place(model, ctx.target)
+        formats = _formats.formats(plan, self._estimator(), ctx, center=self.center)
         errors = self._errors(model, plan, formats, ctx)
-        plan = _placement.place(model, ctx.target, exclude=self.exclude, keep_float=self._worst(plan, errors))
+        plan = self._place(model, ctx.target, self._worst(plan, errors))
         for node, reason in plan.skipped:
             ctx.skip(node, reason)
         if self.correct_bias:
@@ -85,30 +100,12 @@ class InsertQdq(Pass):
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight, ctx.target))
         ctx.edit.prune()
 
-    def _formats(self, plan: Placement, ctx: PassContext) -> dict[ir.Value, Format]:
-        """Spec and qparams of every value, with one range for values that share a scale."""
-        estimator = ranges.ESTIMATORS[self.ranges]()
-        if isinstance(estimator, ranges.Percentile):
-            estimator = replace(estimator, percent=self.percentile)
-        observers = {value: estimator.observer(value.name or "", "current") for value in plan.readers if value not in plan.derived}
-        stats = ctx.observe(observers.values())
-        plain = ctx.target.activation
-        found = {value: estimator.estimate(stats[observer], plain) for value, observer in observers.items()}
-        formats = {}
-        for value, group in _placement.tied(plan):
-            lows, highs = zip(*(found[member] for member in group if member in found), strict=True)
-            formats[value] = (plain, Uniform(plain).fit(float(np.min(lows)), float(np.max(highs))))
-            if (
-                self.center
-                and plain.symmetric
-                and value not in plan.whole
-                and all(_center.can_center(node) for node, _ in plan.readers[value])
-            ):
-                spec = replace(plain, symmetric=False)
-                low, high = estimator.estimate(stats[observers[value]], spec)
-                if _center.is_worthwhile(low, high):
-                    formats[value] = (spec, Uniform(spec).fit(low, high))
-        return formats
+    def _place(self, model: ir.Model, target: Target, keep_float: Mapping[ir.Node, str] | None = None) -> Placement:
+        default = Bits(self.weight_bits, self.activation_bits)
+        return _placement.place(model, target, exclude=self.exclude, keep_float=keep_float, default=default, attention=self.attention)
+
+    def _estimator(self) -> Estimator:
+        return ranges.Percentile(self.percentile) if self.ranges == "percentile" else ranges.ESTIMATORS[self.ranges]()
 
     def _errors(self, model: ir.Model, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[str, LayerError]:
         if not self.error_samples or not plan.anchors:
@@ -133,26 +130,37 @@ class InsertQdq(Pass):
         return target.weight if self.per_channel else replace(target.weight, granularity=PerTensor())
 
     def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> None:
-        weight_spec = self._weight_spec(ctx.target)
-        for node in plan.anchors:
-            (activation_spec, activation), spec = formats[linear.data_of(node)], qdq.spec_for_weight(node, weight_spec)
-            weight = ir.constant(linear.weight_of(node))
-            assert weight is not None
-            bias = ir.constant(linear.bias_of(node)) if ctx.target.bias_int32 and _takes_int32_bias(node) else None
-            params = qdq.widen_for_bias(Uniform(spec).fit_weight(weight), activation, bias)
-            if activation_spec != ctx.target.activation:
-                _center.compensate(ctx.edit, node, activation, spec, params)
-            qdq.insert_weight(ctx.edit, node, spec, params)
-            if bias is not None:
-                qdq.insert_bias(ctx.edit, node, activation, params)
+        for node in [*plan.anchors, *plan.weights_only]:
+            format_ = formats[linear.data_of(node)] if node in plan.anchors else None
+            self._insert_weight(node, plan.bits[node].weight if self.weights else None, format_, ctx)
         for value, readers in plan.readers.items():
             spec, qparams = formats[value]
-            source = value
-            if spec != ctx.target.activation:
+            source, through = value, plan.carriers.get(value, [])
+            if spec.symmetric != ctx.target.activation.symmetric:
                 source, qparams = _center.insert(ctx.edit, value, qparams)
-            result = qdq.insert_pair(ctx.edit, source, qparams, ctx.target.activation, readers)
+                spec, through = replace(spec, symmetric=True), []
+            result = qdq.insert_pair(ctx.edit, source, qparams, spec, readers, through if spec.bits == 8 else [])
             if value.is_graph_output() and value in plan.whole:
                 ctx.edit.replace_output(value, result)
+
+    def _insert_weight(self, node: ir.Node, bits: int | None, activation: Format | None, ctx: PassContext) -> None:
+        """Store the weight in `bits` (None: float), and the bias with it where the target's kernel wants that."""
+        weight = ir.constant(linear.weight_of(node))
+        assert weight is not None
+        spec = params = bias = None
+        if bits is not None:
+            spec = qdq.spec_for_weight(node, replace(self._weight_spec(ctx.target), bits=bits))
+            params = Uniform(spec).fit_weight(weight)
+            if activation is not None and bits == activation[0].bits == 8 and ctx.target.bias_int32 and _takes_int32_bias(node):
+                bias = ir.constant(linear.bias_of(node))
+                params = qdq.widen_for_bias(params, activation[1], bias)
+        if activation is not None and activation[0].symmetric != ctx.target.activation.symmetric:
+            rounded = weight if spec is None or params is None else Uniform(spec).fake_quantize(weight, params)
+            _center.compensate(ctx.edit, node, activation[1], rounded)
+        if spec is not None and params is not None:
+            qdq.insert_weight(ctx.edit, node, spec, params)
+            if bias is not None and activation is not None:
+                qdq.insert_bias(ctx.edit, node, activation[1], params)
 
 
 def _correct(plan: Placement, errors: Mapping[str, LayerError], ctx: PassContext) -> None:
