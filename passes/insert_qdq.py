@@ -62,8 +62,8 @@ class InsertQdq(Pass):
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     error_samples: Annotated[int, Field(ge=0)] = 4
     correct_bias: bool = True
-    activation_bits: Annotated[int, Field(ge=2, le=8)] = 8
-    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    activation_bits: Annotated[int, Field(ge=3, le=8)] = 8
+    weight_bits: Annotated[int, Field(ge=3, le=8)] = 8
     weights: bool = True
     attention: bool = False
     tables: bool = True

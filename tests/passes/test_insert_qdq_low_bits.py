@@ -1,0 +1,146 @@
+"""insert-qdq below 8 bits, with weights left to a later pass, with attention, and with integers moved through shape changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from graphq import ir, precision
+from graphq.calibration import open_calibration
+from graphq.editor import Editor
+from graphq.errors import TargetError
+from graphq.passes.insert_qdq import InsertQdq
+from graphq.passes.normalize import Normalize
+from graphq.pipeline import PassContext, run_passes
+from graphq.precision import Bits
+from graphq.quantizers import QParams, Uniform
+from graphq.spec import QuantSpec
+from graphq.targets import get_target
+from graphq.verify import verify_graph
+
+ATTENTION = """<ir_version: 10, opset_import: ["" : 21]> g (float[N,4,8] x, float[8,8] wq, float[8,8] wk, float[8,8] wo)
+    => (float[N,4,8] y) {
+    [to_q] q = MatMul(x, wq)
+    [to_k] k = MatMul(x, wk)
+    k_t = Transpose<perm=[0,2,1]>(k)
+    [scores] s = MatMul(q, k_t)
+    p = Softmax<axis=-1>(s)
+    [mix] c = MatMul(p, k)
+    c_t = Transpose<perm=[0,2,1]>(c)
+    c_2 = Transpose<perm=[0,2,1]>(c_t)
+    [out] y = MatMul(c_2, wo)
+}"""
+
+
+def attention(**bits: Bits) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """The model with weights, `bits` asked for by node name, and calibration inputs."""
+    rng = np.random.default_rng(0)
+    model = ir.from_onnx_text(ATTENTION)
+    for value in [value for value in model.graph.inputs if value.name != "x"]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.make_tensor(rng.normal(size=(8, 8)).astype(np.float32), "float32", value.name or "")
+        model.graph.register_initializer(value)
+    for node in model.graph:
+        if node.name in bits:
+            precision.ask(Editor(model), node, bits[node.name])
+    return model, {"x": rng.normal(size=(6, 4, 8)).astype(np.float32)}
+
+
+def quantized(model: ir.Model, feeds: dict[str, np.ndarray], target: str = "generic", **options: Any) -> ir.Model:
+    data = open_calibration(feeds, ir.inputs(model))
+    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target(target))
+    run_passes([Normalize(), InsertQdq(error_samples=0, **options)], ctx, verify_graph)
+    return model
+
+
+def named(model: ir.Model, name: str) -> ir.Node:
+    return next(node for node in model.graph if node.name == name)
+
+
+def storage(node: ir.Node, index: int) -> str | None:
+    """Type of the codes behind input `index`; None if it is float."""
+    maker = ir.producer(node.inputs[index])
+    return None if maker is None or maker.op_type != "DequantizeLinear" else str(maker.inputs[0].dtype).lower()  # type: ignore[union-attr]
+
+
+def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    yield from ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(8, "int8"), (6, "int8"), (4, "int4"), (3, "int4")])
+def test_activations_take_the_asked_levels(bits: int, stored: str) -> None:
+    model, feeds = attention()
+    quantized(model, feeds, activation_bits=bits, weights=False)
+    pair = ir.producer(named(model, "to_q").inputs[0])
+    assert pair is not None and storage(named(model, "to_q"), 0) == stored
+    qparams = QParams(*(np.asarray(ir.constant(value), kind) for value, kind in zip(pair.inputs[1:], (np.float32, np.int32), strict=True)))
+    expected = Uniform(QuantSpec(bits)).fake_quantize(feeds["x"], qparams)
+    model.graph.outputs[:] = [pair.outputs[0]]
+    np.testing.assert_array_equal(next(evaluate(model, feeds)), expected)
+    assert len(np.unique(expected)) <= 1 << bits
+
+
+def test_weights_are_left_to_a_later_pass() -> None:
+    model, feeds = attention()
+    quantized(model, feeds, weights=False)
+    assert [storage(named(model, name), 1) for name in ("to_q", "to_k", "out")] == [None] * 3
+    assert [storage(named(model, name), 0) for name in ("to_q", "to_k", "out")] == ["int8"] * 3
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_attention_is_quantized_when_asked(on: bool) -> None:
+    model, feeds = attention()
+    quantized(model, feeds, attention=on)
+    found = [storage(named(model, name), index) for name in ("scores", "mix") for index in (0, 1)]
+    assert found == ["int8" if on else None] * 4
+
+
+def test_bits_asked_for_a_layer_win() -> None:
+    model, feeds = attention(to_q=Bits(4, 6), to_k=Bits(None, 4), out=Bits(4, None))
+    quantized(model, feeds)
+    assert [storage(named(model, name), 1) for name in ("to_q", "to_k", "out")] == ["int4", None, "int4"]
+    assert storage(named(model, "to_q"), 0) == "int8", "x is read by to_q and to_k: the wider of 6 and 4 bits, stored in 8"
+    assert storage(named(model, "out"), 0) is None
+
+
+def test_a_layer_asked_to_stay_float_says_so() -> None:
+    model, feeds = attention(to_q=Bits(None, None))
+    data = open_calibration(feeds, ir.inputs(model))
+    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("generic"))
+    record = run_passes([Normalize(), InsertQdq(error_samples=0)], ctx, verify_graph)[1]
+    assert [reason for where, reason in record.skipped if "to_q" in where] == ["float was asked for it"]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_target_without_such_activations_refuses_before_calibration(bits: int) -> None:
+    model, _ = attention()
+    with pytest.raises(TargetError, match="does not take int"):
+        InsertQdq(activation_bits=bits).precheck(model, get_target("tensorrt-rtx"))
+
+
+def test_shape_changes_move_integers_on_a_target_that_can() -> None:
+    model, feeds = attention()
+    before = next(evaluate(model, feeds))
+    quantized(model, feeds, "onnxruntime")
+    moved = named(model, "out").inputs[0].producer()  # type: ignore[union-attr]
+    chain = [moved]
+    while chain[-1].op_type != "QuantizeLinear":  # type: ignore[union-attr]
+        chain.append(ir.producer(chain[-1].inputs[0]))  # type: ignore[union-attr]
+    assert [node.op_type for node in chain if node] == ["DequantizeLinear", "Transpose", "Transpose", "QuantizeLinear"]
+    error = next(evaluate(model, feeds)) - before
+    assert np.linalg.norm(error) < 0.03 * np.linalg.norm(before)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_below_eight_bits_are_not_moved(bits: int, run: Callable[..., np.ndarray]) -> None:
+    model, feeds = attention()
+    quantized(model, feeds, "onnxruntime", activation_bits=bits)
+    moving = [node.inputs[0].dtype for node in model.graph if node.op_type == "Transpose" and node.outputs[0].name == "c_t"]
+    assert moving == [ir.DataType.UINT8 if bits == 8 else ir.DataType.FLOAT]
+    assert np.isfinite(run(model, feeds)).all()
