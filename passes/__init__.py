@@ -8,4 +8,5 @@ CATALOG = {
     "equalize": "graphq.passes.equalize:Equalize",
     "migrate": "graphq.passes.migrate:Migrate",
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
+    "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
 }

@@ -1,0 +1,170 @@
+"""sulq-softmax: quantize attention weights by their logarithm, where nearly all of them are small and few are near 1.
+
+Each softmax that feeds a MatMul gets a node of the domain `graphq` behind it, whose body of standard operators any runtime has
+(`graphq.functions`). Its codes are signed integers without a zero point, which TensorRT takes too. Main graph only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from graphq import functions, ir
+from graphq.executor import BATCH, Executor, Fetch
+from graphq.log_quantizers import OCTAVE, LogParams, LogUniform
+from graphq.pipeline import Pass, PassContext, pass_options
+
+_PASSING = frozenset({"Identity", "Dropout", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
+"""Operators that exporters put between a softmax and the MatMul that reads it."""
+
+_INPUTS = "x, shift, center, scale, zero, low, high"
+_CODES = """
+  shifted = Add (x, shift)
+  log = Log (shifted)
+  inside = Clip (log, low, high)
+  offset = Sub (inside, center)
+  codes = QuantizeLinear (offset, scale, zero)
+  steps = DequantizeLinear (codes, scale, zero)
+  level = Add (steps, center)"""
+
+# Where the Clip stands matters: ONNX Runtime 1.31 fails to load a model with a Clip right before a QuantizeLinear to int4.
+SULQ = f"""SULQ ({_INPUTS}) => (y) {{{_CODES}
+  power = Exp (level)
+  y = Sub (power, shift)
+}}"""
+SULQ_ROUNDED = f"""SULQRounded ({_INPUTS}) => (y) {{{_CODES}
+  octave = Constant <value = float {{{OCTAVE!s}}}> ()
+  exponent = Div (level, octave)
+  whole = Round (exponent)
+  rounded = Mul (whole, octave)
+  power = Exp (rounded)
+  y = Sub (power, shift)
+}}"""
+QUANTIZE_LOG2 = SULQ.replace("SULQ", "QuantizeLog2")
+QUANTIZE_LOG_SQRT2 = f"""QuantizeLogSqrt2 ({_INPUTS}, floor) => (y) {{{_CODES}
+  power = Exp (level)
+  above = Greater (level, floor)
+  kept = CastLike (above, power)
+  unshifted = Sub (power, shift)
+  y = Mul (unshifted, kept)
+}}"""
+"""What `LogUniform` computes, operator by operator. `zero` is 0 of the type of the codes, `low` and `high` are the logarithms of
+the lowest and highest level (for widths that no type has), and what lies below `floor` is the level of the lowest code."""
+
+BODIES = {"sulq": SULQ, "log2": QUANTIZE_LOG2, "log-sqrt2": QUANTIZE_LOG_SQRT2}
+
+
+@pass_options
+class SulqSoftmax(Pass):
+    """Quantizes the output of every softmax that feeds a MatMul (I&S-ViT, arXiv 2311.10126).
+
+    Attributes:
+        bits: Width of a code.
+        quantizer: How levels are spaced: `sulq`, fitted to the data; `log2` and `log-sqrt2`, by fixed ratios.
+        round_exponent: Let the levels of `sulq` be powers of two (less its shift), for hardware that can only shift bits.
+        samples: Calibration samples that it is fitted to.
+    """
+
+    name: ClassVar[str] = "sulq-softmax"
+    needs_data: ClassVar[bool] = True
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    quantizer: Literal["sulq", "log2", "log-sqrt2"] = "sulq"
+    round_exponent: bool = False
+    samples: Annotated[int, Field(ge=1)] = 32
+
+    def __post_init__(self) -> None:
+        if self.round_exponent and self.quantizer != "sulq":
+            raise ValueError("round_exponent goes with quantizer: sulq; the exponents of the others are what their names say")
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        found = {node: _readers(node) for node in _softmaxes(model, ctx)}
+        if not found:
+            return
+        weights = self._weights(model, list(found), ctx)
+        quantizer = LogUniform(self.bits, self.round_exponent, self.quantizer == "log-sqrt2")
+        for node, readers in found.items():
+            x = weights[node]
+            if not np.isfinite(x).all():
+                ctx.skip(node, "its output holds NaN on calibration data")
+                continue
+            params = self._fit(quantizer, x)
+            result = self._insert(ctx, node, quantizer, params)
+            for reader, index in readers:
+                ctx.edit.rewire(reader, index, result)
+            sqnr = 10 * np.log10(np.mean(x.astype(np.float64) ** 2) / max(quantizer.error(x, params), 1e-30))
+            ctx.measure(node.name or "", sqnr_db=float(sqnr), shift=float(params.shift))
+
+    def _weights(self, model: ir.Model, nodes: list[ir.Node], ctx: PassContext) -> dict[ir.Node, np.ndarray]:
+        """A sample of each softmax's output, float32 of shape (n,); its largest value is in it."""
+        names = [node.outputs[0].name or "" for node in nodes]
+        executor = Executor(model, [Fetch(name, view) for name in names for view in ("sample", "extrema")])
+        parts: dict[ir.Node, list[np.ndarray]] = {node: [] for node in nodes}
+        for batch in ctx.calib.take(self.samples).batches(BATCH):
+            arrays = iter(executor.run(batch))
+            for node, sample, extrema in zip(nodes, arrays, arrays, strict=True):
+                parts[node] += [sample.reshape(-1), extrema[1:]]
+        return {node: np.concatenate(arrays) for node, arrays in parts.items()}
+
+    def _fit(self, quantizer: LogUniform, x: np.ndarray) -> LogParams:
+        if self.quantizer == "sulq":
+            return quantizer.fit(x)
+        return quantizer.fit_octaves(float(x.max()), 1 if self.quantizer == "log2" else 2)
+
+    def _insert(self, ctx: PassContext, node: ir.Node, quantizer: LogUniform, params: LogParams) -> ir.Value:
+        spec, name = quantizer.spec, node.outputs[0].name or "softmax"
+        numbers = {
+            "shift": params.shift,
+            "center": params.center,
+            "scale": params.scale,
+            "zero": np.int8(0),
+            "low": params.center + spec.qmin * params.scale,
+            "high": params.center + spec.qmax * params.scale,
+        }
+        if self.quantizer == "log-sqrt2":
+            numbers["floor"] = params.center + (spec.qmin + np.float32(0.5)) * params.scale
+        body = SULQ_ROUNDED if self.round_exponent else BODIES[self.quantizer]
+        operands = [
+            ctx.edit.initializer(f"{name}_{key}", np.asarray(number), quantizer.storage if key == "zero" else None)
+            for key, number in numbers.items()
+        ]
+        return functions.call(ctx.edit, body, node, [node.outputs[0], *operands], output=f"{name}_quantized", like=node.outputs[0])
+
+
+def _softmaxes(model: ir.Model, ctx: PassContext) -> Iterator[ir.Node]:
+    """The nodes to quantize; others are skipped with the reason."""
+    for node in model.graph.all_nodes():
+        if node.domain or node.op_type != "Softmax":
+            continue
+        reason = _refusal(node, model)
+        if reason is None:
+            yield node
+        else:
+            ctx.skip(node, reason)
+
+
+def _refusal(node: ir.Node, model: ir.Model) -> str | None:
+    if node.graph is not model.graph:
+        return "it lies in a subgraph"
+    if not ir.is_float(node.outputs[0]):
+        return f"its output is {node.outputs[0].dtype}, not float32"
+    readers = [use.node for use in ir.uses(node.outputs[0])]
+    if any(reader.op_type == "QuantizeLinear" or reader.domain == ir.DOMAIN for reader in readers):
+        return "its output is quantized already"
+    return None if _readers(node) else "no MatMul reads its output"
+
+
+def _readers(node: ir.Node) -> list[tuple[ir.Node, int]]:
+    """Who reads the output of `node` and is a MatMul, or hands it on to one."""
+    return [(use.node, use.idx) for use in ir.uses(node.outputs[0]) if _leads_to_matmul(use.node, use.idx)]
+
+
+def _leads_to_matmul(node: ir.Node, index: int) -> bool:
+    if node.domain:
+        return False
+    if node.op_type == "MatMul":
+        return True
+    return node.op_type in _PASSING and index == 0 and any(_leads_to_matmul(use.node, use.idx) for use in ir.uses(node.outputs[0]))
