@@ -54,8 +54,14 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     return result
 
 
-def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None) -> QParams:
-    """Store the weight of a linear node as codes with a DequantizeLinear before the node; min-max qparams by default."""
+def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None, codes: np.ndarray | None = None) -> QParams:
+    """Store the weight of a linear node as codes with a DequantizeLinear before the node.
+
+    Args:
+        qparams: Of the weight; min-max by default.
+        codes: Of the weight's shape, within the range of `spec`; the nearest by default, stored once for all nodes that
+            share the weight.
+    """
     index = linear.LINEAR_OPS[node.op_type].weight
     value = node.inputs[index]
     weight = ir.constant(value)
@@ -64,7 +70,10 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     qparams = quantizer.fit_weight(weight) if qparams is None else qparams
     name = value.name or "weight"
     key = (value, spec, qparams.scale.tobytes(), qparams.zero_point.tobytes())
-    codes = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), spec.storage)
+    if codes is None:
+        integers = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), spec.storage)
+    else:
+        integers = edit.initializer(f"{name}_quantized", codes, spec.storage)
     scale = edit.shared((*key, "scale"), f"{name}_scale", lambda: qparams.scale, "float32")
     zero = edit.shared((*key, "zero"), f"{name}_zero_point", lambda: qparams.zero_point, spec.storage)
     attributes: dict[str, int] = {}
@@ -72,7 +81,8 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
         attributes["axis"] = spec.granularity.axis
     if isinstance(spec.granularity, PerGroup):
         attributes["block_size"] = spec.granularity.size
-    result = edit.insert(node, "DequantizeLinear", [codes, scale, zero], output=f"{name}_dequantized", attributes=attributes, like=value)
+    operands = [integers, scale, zero]
+    result = edit.insert(node, "DequantizeLinear", operands, output=f"{name}_dequantized", attributes=attributes, like=value)
     edit.rewire(node, index, result)
     return qparams
 
