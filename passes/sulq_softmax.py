@@ -1,12 +1,12 @@
 """sulq-softmax: quantize attention weights by their logarithm, where nearly all of them are small and few are near 1.
 
 Each softmax that feeds a MatMul gets a node of the domain `graphq` behind it, whose body of standard operators any runtime has
-(`graphq.functions`). Its codes are signed integers without a zero point, which TensorRT takes too. Main graph only.
+(`graphq.functions`). Its codes are signed integers of 4 or 8 bits, or floats with the same values for TensorRT. Main graph only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -17,44 +17,57 @@ from graphq.executor import BATCH, Executor, Fetch
 from graphq.log_quantizers import OCTAVE, LogParams, LogUniform
 from graphq.pipeline import Pass, PassContext, pass_options
 
+OPERATORS = {"sulq": "SULQ", "log2": "QuantizeLog2", "log-sqrt2": "QuantizeLogSqrt2"}
+
 _PASSING = frozenset({"Identity", "Dropout", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 """Operators that exporters put between a softmax and the MatMul that reads it."""
 
-_INPUTS = "x, shift, center, scale, zero, low, high"
-_CODES = """
+# Where the Clip stands matters: ONNX Runtime 1.31 fails to load a model with a Clip right before a QuantizeLinear to int4.
+_LOGARITHM = """
   shifted = Add (x, shift)
   log = Log (shifted)
   inside = Clip (log, low, high)
-  offset = Sub (inside, center)
+  offset = Sub (inside, center)"""
+_INTEGER_CODES = """
   codes = QuantizeLinear (offset, scale, zero)
-  steps = DequantizeLinear (codes, scale, zero)
-  level = Add (steps, center)"""
-
-# Where the Clip stands matters: ONNX Runtime 1.31 fails to load a model with a Clip right before a QuantizeLinear to int4.
-SULQ = f"""SULQ ({_INPUTS}) => (y) {{{_CODES}
+  steps = DequantizeLinear (codes, scale, zero)"""
+_FLOAT_CODES = """
+  ratio = Div (offset, scale)
+  codes = Round (ratio)
+  steps = Mul (codes, scale)"""
+_LEVEL = """
+  level = Add (steps, center)
   power = Exp (level)
-  y = Sub (power, shift)
-}}"""
-SULQ_ROUNDED = f"""SULQRounded ({_INPUTS}) => (y) {{{_CODES}
+  y = Sub (power, shift)"""
+_LEVELS = {
+    "SULQ": _LEVEL,
+    "QuantizeLog2": _LEVEL,
+    "SULQRounded": f"""
+  level = Add (steps, center)
   octave = Constant <value = float {{{OCTAVE!s}}}> ()
   exponent = Div (level, octave)
   whole = Round (exponent)
   rounded = Mul (whole, octave)
   power = Exp (rounded)
-  y = Sub (power, shift)
-}}"""
-QUANTIZE_LOG2 = SULQ.replace("SULQ", "QuantizeLog2")
-QUANTIZE_LOG_SQRT2 = f"""QuantizeLogSqrt2 ({_INPUTS}, floor) => (y) {{{_CODES}
+  y = Sub (power, shift)""",
+    "QuantizeLogSqrt2": """
+  level = Add (steps, center)
   power = Exp (level)
+  unshifted = Sub (power, shift)
   above = Greater (level, floor)
   kept = CastLike (above, power)
-  unshifted = Sub (power, shift)
-  y = Mul (unshifted, kept)
-}}"""
-"""What `LogUniform` computes, operator by operator. `zero` is 0 of the type of the codes, `low` and `high` are the logarithms of
-the lowest and highest level (for widths that no type has), and what lies below `floor` is the level of the lowest code."""
+  y = Mul (unshifted, kept)""",
+}
 
-BODIES = {"sulq": SULQ, "log2": QUANTIZE_LOG2, "log-sqrt2": QUANTIZE_LOG_SQRT2}
+
+def body(name: str, inputs: Sequence[str]) -> str:
+    """What `LogUniform` computes, operator by operator, as a function for `graphq.functions`.
+
+    Inputs are `x`, the `LogParams`, the logarithms `low` and `high` of the outermost levels, `floor` below which lies the lowest
+    alone, and `zero`, 0 of the type of the codes. Without that the codes are floats.
+    """
+    codes = _INTEGER_CODES if "zero" in inputs else _FLOAT_CODES
+    return f"{name} ({', '.join(inputs)}) => (y) {{{_LOGARITHM}{codes}{_LEVELS[name]}\n}}"
 
 
 @pass_options
@@ -92,7 +105,7 @@ class SulqSoftmax(Pass):
                 ctx.skip(node, "its output holds NaN on calibration data")
                 continue
             params = self._fit(quantizer, x)
-            result = self._insert(ctx, node, quantizer, params)
+            result = self._insert(ctx, node.outputs[0], quantizer, params)
             for reader, index in readers:
                 ctx.edit.rewire(reader, index, result)
             sqnr = 10 * np.log10(np.mean(x.astype(np.float64) ** 2) / max(quantizer.error(x, params), 1e-30))
@@ -114,24 +127,24 @@ class SulqSoftmax(Pass):
             return quantizer.fit(x)
         return quantizer.fit_octaves(float(x.max()), 1 if self.quantizer == "log2" else 2)
 
-    def _insert(self, ctx: PassContext, node: ir.Node, quantizer: LogUniform, params: LogParams) -> ir.Value:
-        spec, name = quantizer.spec, node.outputs[0].name or "softmax"
+    def _insert(self, ctx: PassContext, softmax: ir.Value, quantizer: LogUniform, params: LogParams) -> ir.Value:
+        spec = quantizer.spec
         numbers = {
             "shift": params.shift,
             "center": params.center,
             "scale": params.scale,
-            "zero": np.int8(0),
             "low": params.center + spec.qmin * params.scale,
             "high": params.center + spec.qmax * params.scale,
         }
-        if self.quantizer == "log-sqrt2":
-            numbers["floor"] = params.center + (spec.qmin + np.float32(0.5)) * params.scale
-        body = SULQ_ROUNDED if self.round_exponent else BODIES[self.quantizer]
-        operands = [
-            ctx.edit.initializer(f"{name}_{key}", np.asarray(number), quantizer.storage if key == "zero" else None)
-            for key, number in numbers.items()
-        ]
-        return functions.call(ctx.edit, body, node, [node.outputs[0], *operands], output=f"{name}_quantized", like=node.outputs[0])
+        if quantizer.lowest_is_zero:
+            numbers["floor"] = numbers["low"] + params.scale / 2
+        operands = {key: ctx.edit.initializer(f"{softmax.name}_{key}", np.asarray(number)) for key, number in numbers.items()}
+        if not ctx.target.builds_engines:  # TensorRT names the QuantizeLinear of a function once, and refuses the second call
+            operands["zero"] = ctx.edit.initializer(f"{softmax.name}_zero", np.zeros((), np.int8), quantizer.storage)
+        text = body("SULQRounded" if quantizer.whole_exponents else OPERATORS[self.quantizer], ["x", *operands])
+        return functions.call(
+            ctx.edit, text, softmax.producer(), [softmax, *operands.values()], output=f"{softmax.name}_quantized", like=softmax
+        )
 
 
 def _softmaxes(model: ir.Model, ctx: PassContext) -> Iterator[ir.Node]:
