@@ -9,4 +9,5 @@ CATALOG = {
     "migrate": "graphq.passes.migrate:Migrate",
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
+    "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
 }

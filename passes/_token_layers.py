@@ -1,0 +1,127 @@
+"""MatMul and Gemm layers that read tokens: rows along the last axis, which is the one they sum over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from graphq import functions, ir, linear, precision
+from graphq.calibration import CalibrationSet
+from graphq.executor import BATCH, Executor, Fetch
+from graphq.passes._dynamic_math import levels
+from graphq.pipeline import PassContext
+from graphq.precision import Bits
+
+TokenLayers = dict[tuple[ir.Value, int], list[ir.Node]]
+"""The layers that read one activation, by it and the bits that it shall get."""
+
+ROWS = 128
+"""Rows of a batch that errors are measured on, at most."""
+
+DYNAMIC_QUANTIZE = """
+DynamicQuantize (x, levels) => (y) {
+  axis = Constant <value = int64[1] {-1}> ()
+  least = Constant <value = float {1.1754943508222875e-38}> ()
+  magnitude = Abs (x)
+  largest = ReduceMax (magnitude, axis)
+  step = Div (largest, levels)
+  scale = Max (step, least)
+  ratio = Div (x, scale)
+  code = Round (ratio)
+  y = Mul (code, scale)
+}"""
+"""`round(x / s) s` with `s = max|row| / levels`, no smaller than `quantizers.MIN_SCALE`: see `_dynamic_math.fake_quantize`."""
+
+
+def find(model: ir.Model, ctx: PassContext, exclude: Sequence[str], bits: int) -> TokenLayers:
+    """Layers of the main graph with a constant weight, float or dequantized; others are skipped with the reason.
+
+    Args:
+        exclude: Patterns (`*`, `?`) of node names or operator types that are left alone.
+        bits: Width of activations for layers that do not ask for another (see `graphq.precision`).
+    """
+    found: TokenLayers = {}
+    for node in model.graph:
+        if node.domain or node.op_type not in linear.LINEAR_OPS:
+            continue
+        width = precision.asked(node, Bits(None, bits)).activation
+        reason = _refusal(node, exclude)
+        if reason is None and width is not None:
+            found.setdefault((linear.data_of(node), width), []).append(node)
+        else:
+            ctx.skip(node, reason or "it asks for float activations")
+    return found
+
+
+def _refusal(node: ir.Node, exclude: Sequence[str]) -> str | None:
+    if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude):
+        return "excluded by the recipe"
+    if node.op_type not in ("MatMul", "Gemm"):
+        return "a position of its output sums over several rows, so that rows cannot have scales of their own"
+    if ir.attribute(node, "transA", 0):
+        return "its data is transposed, so that rows are channels"
+    if not is_fixed(linear.weight_of(node)):
+        return "its weight is not a constant of the graph"
+    data = linear.data_of(node)
+    if is_fixed(data) or not ir.is_float(data):
+        return "its data input is not a float32 activation"
+    maker = data.producer()
+    if maker is not None and (maker.op_type == "DequantizeLinear" or maker.domain == ir.DOMAIN):
+        return "its data input is quantized already"
+    return None
+
+
+def is_fixed(value: ir.Value | None) -> bool:
+    """Whether `value` depends on constants only, such as the output of a DequantizeLinear of stored codes."""
+    maker = ir.producer(value)
+    if maker is None or not maker.inputs:
+        return ir.constant(value) is not None
+    return all(entry is None or is_fixed(entry) for entry in maker.inputs)
+
+
+def rows(model: ir.Model, values: Sequence[ir.Value], data: CalibrationSet) -> dict[ir.Value, np.ndarray]:
+    """Rows of each value, float32 of shape (rows, D): up to `ROWS` of each batch of `data`, evenly spread."""
+    executor = Executor(model, [Fetch(value.name or "") for value in values])
+    parts: dict[ir.Value, list[np.ndarray]] = {value: [] for value in values}
+    for batch in data.batches(BATCH):
+        for value, array in zip(values, executor.run(batch), strict=True):
+            tokens = array.reshape(-1, array.shape[-1])
+            parts[value].append(tokens[np.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).astype(int)])
+    return {value: np.concatenate(arrays) for value, arrays in parts.items()}
+
+
+def matrix(model: ir.Model, node: ir.Node) -> np.ndarray:
+    """The weight of a MatMul or Gemm as [D, O], float32; it may be computed from constants (see `is_fixed`)."""
+    value = linear.weight_of(node)
+    array = ir.constant(value)
+    if array is None and value is not None:
+        (array,) = Executor(model, [Fetch(value.name or "")], nodes=_makers(value), feeds={}).run({})
+    assert array is not None
+    return array.T if linear.in_axis(node) else array
+
+
+def _makers(value: ir.Value | None) -> list[ir.Node]:
+    """The nodes that `value` depends on, in order."""
+    maker = ir.producer(value)
+    if maker is None:
+        return []
+    return list(dict.fromkeys([*(one for entry in maker.inputs for one in _makers(entry)), maker]))
+
+
+def quantize(ctx: PassContext, value: ir.Value, nodes: Sequence[ir.Node], bits: int) -> None:
+    """Let `nodes`, all of which read `value`, read it with one step for each row."""
+    replace(ctx, value, nodes, DYNAMIC_QUANTIZE, [step_count(ctx, bits)])
+
+
+def replace(ctx: PassContext, value: ir.Value, nodes: Sequence[ir.Node], body: str, operands: Sequence[ir.Value]) -> None:
+    """Let `nodes`, all of which read `value`, read what the local function `body` makes of it and of `operands`."""
+    result = functions.call(ctx.edit, body, value.producer(), [value, *operands], output=f"{value.name}_dynamic", like=value)
+    for node in nodes:
+        ctx.edit.rewire(node, linear.data_index(node), result)
+
+
+def step_count(ctx: PassContext, bits: int) -> ir.Value:
+    """The constant `levels(bits)`, stored once."""
+    return ctx.edit.shared(("levels", bits), f"levels_{bits}", lambda: levels(bits), "float32")
