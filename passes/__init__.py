@@ -10,4 +10,5 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
+    "cross-scale": "graphq.passes.cross_scale:CrossScale",
 }
