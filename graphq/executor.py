@@ -29,6 +29,9 @@ BATCH = 4
 SAMPLE_SIZE = 4096
 """Elements that the view `sample` takes from one calibration sample of a tensor, about."""
 
+ROWS = 8
+"""Rows that the view `rows` takes from one batch of a tensor, about."""
+
 ORT_OPSET, ORT_IR = 26, 13
 """Newest operator set and file format that ONNX Runtime 1.31 loads."""
 
@@ -39,7 +42,7 @@ _FLAT, _ZERO = "graphq_view_flat", "graphq_view_zero"
 
 @dataclass(frozen=True)
 class Fetch:
-    """One value to look at: whole, as `(min(x, 0), max(x, 0))`, or as a strided subsample of about `SAMPLE_SIZE` elements a sample."""
+    """One value to look at: whole, as `(min(x, 0), max(x, 0))`, about `SAMPLE_SIZE` elements a sample, or about `ROWS` rows a batch."""
 
     value: str
     view: View = "whole"
@@ -147,8 +150,8 @@ def _add_views(proto: onnx.ModelProto, fetches: Sequence[Fetch], values: Mapping
             graph.node.append(helper.make_node("Identity", [fetch.value], [name]))
         elif fetch.view == "extrema":
             _add_extrema(graph, fetch.value, name, _is_cheap(values[fetch.value]))
-        elif fetch.view == "channels":
-            _add_channels(graph, fetch.value, name)
+        elif fetch.view == "rows":
+            _add_rows(graph, fetch.value, name, ir.shape_of(values[fetch.value]))
         else:
             _add_sample(graph, fetch.value, name, ir.shape_of(values[fetch.value]))
         views.setdefault(fetch.value, []).extend(graph.node[start:])
@@ -188,13 +191,19 @@ def _add_extrema(graph: onnx.GraphProto, value: str, name: str, cheap: bool) -> 
     graph.node.append(helper.make_node("Concat", [_ZERO if cheap else f"{name}_low_1", f"{name}_high_1"], [name], axis=0))
 
 
-def _add_channels(graph: onnx.GraphProto, value: str, name: str) -> None:
-    """Minima and maxima over all axes but the last, as `[2, C]`."""
-    graph.node.append(helper.make_node("Flatten", [value], [f"{name}_rows"], axis=-1))
-    graph.initializer.append(helper.make_tensor(f"{name}_axis", onnx.TensorProto.INT64, [1], [0]))
-    for op, part in (("ReduceMin", "low"), ("ReduceMax", "high")):
-        graph.node.append(helper.make_node(op, [f"{name}_rows", f"{name}_axis"], [f"{name}_{part}"], keepdims=1))
-    graph.node.append(helper.make_node("Concat", [f"{name}_low", f"{name}_high"], [name], axis=0))
+def _add_rows(graph: onnx.GraphProto, value: str, name: str, shape: tuple[int | str | None, ...] | None) -> None:
+    """Take some of the rows along the last axis, evenly spread."""
+    rows = BATCH * math.prod(dim if isinstance(dim, int) else 64 for dim in (shape or ())[1:-1])
+    graph.node.append(helper.make_node("Flatten", [value], [f"{name}_flat"], axis=-1))
+    _add_slice(graph, name, axis=0, step=max(1, rows // ROWS))
+
+
+def _add_slice(graph: onnx.GraphProto, name: str, axis: int, step: int) -> None:
+    """Every `step`-th index along `axis` of `<name>_flat`."""
+    constants = {"start": [0], "end": [np.iinfo(np.int64).max], "axis": [axis], "step": [step]}
+    for part, data in constants.items():
+        graph.initializer.append(helper.make_tensor(f"{name}_{part}", onnx.TensorProto.INT64, [len(data)], data))
+    graph.node.append(helper.make_node("Slice", [f"{name}_flat", *(f"{name}_{part}" for part in constants)], [name]))
 
 
 def _is_cheap(value: ir.Value | None) -> bool:
@@ -209,11 +218,8 @@ def _is_cheap(value: ir.Value | None) -> bool:
 
 def _add_sample(graph: onnx.GraphProto, value: str, name: str, shape: tuple[int | str | None, ...] | None) -> None:
     """Flatten each sample and take every k-th element, k coprime to the dimensions so that no channel is passed over."""
-    constants = {"start": [0], "end": [np.iinfo(np.int64).max], "axis": [1], "step": [sample_step(shape)]}
-    for part, data in constants.items():
-        graph.initializer.append(helper.make_tensor(f"{name}_{part}", onnx.TensorProto.INT64, [len(data)], data))
     graph.node.append(helper.make_node("Flatten", [value], [f"{name}_flat"], axis=1 if shape else 0))
-    graph.node.append(helper.make_node("Slice", [f"{name}_flat", *(f"{name}_{part}" for part in constants)], [name]))
+    _add_slice(graph, name, axis=1, step=sample_step(shape))
 
 
 def sample_step(shape: tuple[int | str | None, ...] | None) -> int:

@@ -2,7 +2,7 @@
 
 An observer names the values it watches (`taps`); the executor runs the model and hands over an array for each tap and
 batch. A `Stat` is an immutable value: `update` and `merge` return a new one. `Range`, `ChannelRange` and `Histogram`
-depend on the set of batches only, bit by bit, not on their order, grouping or distribution over machines.
+(`graphq.histogram`) depend on the set of batches only, bit by bit, not on their order, grouping or distribution over machines.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from graphq.errors import DataError
 Array = np.ndarray[Any, np.dtype[Any]]
 Stat = Mapping[str, Array]
 Source = Literal["current", "reference"]
-View = Literal["whole", "extrema", "channels", "sample"]
+View = Literal["whole", "extrema", "rows", "sample"]
 
-_CHUNK = 1 << 16  # Elements binned at once, so that the intermediate arrays stay in the cache.
 _BLOCK = 1 << 20  # Elements converted to float64 at once, or a square block if that is more.
-_MIN_EXPONENT = -126  # Of the smallest normal float32; 2^126 is still finite.
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Tap:
 
     Views: `whole`, the tensor; `extrema`, a float array `[2]` with its minimum and maximum, both extended to 0 by
     the executor (every range contains 0), reduced inside the graph;
-    `channels`, `[2, C]` with the minima and maxima along the last axis; `sample`, `[n]`, some thousand elements of each sample.
+    `rows`, `[n, D]`, some rows along the last axis; `sample`, `[n]`, some thousand elements of each sample.
     """
 
     value: str
@@ -75,13 +73,13 @@ class Range:
         return (Tap(self.value, self.source, "extrema"),)
 
     def init(self) -> Stat:
-        return _no_range()
+        return no_range()
 
     def update(self, stat: Stat, *arrays: Array) -> Stat:
-        return self.merge(stat, _finite_range(arrays[0]))
+        return self.merge(stat, finite_range(arrays[0]))
 
     def merge(self, a: Stat, b: Stat) -> Stat:
-        return _merge_ranges(a, b)
+        return merge_ranges(a, b)
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,10 @@ class ChannelRange:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        return (Tap(self.value, self.source, "channels" if self.axis == -1 else "whole"),)
+        return (Tap(self.value, self.source),)
 
     def init(self) -> Stat:
-        return _no_range()
+        return no_range()
 
     def update(self, stat: Stat, *arrays: Array) -> Stat:
         x = arrays[0]
@@ -113,66 +111,36 @@ class ChannelRange:
             low = x.min(others, initial=np.inf, where=finite)
             high = x.max(others, initial=-np.inf, where=finite)
             nonfinite = x.size - int(np.count_nonzero(finite))
-        return self.merge(stat, _range_stat(low, high, 1, nonfinite))
+        return self.merge(stat, range_stat(low, high, 1, nonfinite))
 
     def merge(self, a: Stat, b: Stat) -> Stat:
         _check_width(self, a["low"], b["low"])
-        return _merge_ranges(a, b)
+        return merge_ranges(a, b)
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Counts over bins `[k * 2^exponent, (k + 1) * 2^exponent)`, of a sample; and the exact extrema.
+class Rows:
+    """Some rows along the last axis from every batch, to try things out on.
 
-    The bins are aligned at zero, include it, and are the narrowest power of two for which the sample needs at most
-    `bins` of them; so about half of them or more are in use. A wider range merges pairs of bins, which is exact (peers
-    resample, and depend on the order of batches). Subnormal values share one bin on each side of zero.
-
-    Stat: `counts` int64 `[bins]`, `first` int64 `[]` the k of the first bin (at most 0), `exponent` int64 `[]`, `zeros`
-    int64 `[]` of samples equal to zero (also in `counts`), and those of `Range`, where `nonfinite` counts samples too.
+    Stat: `rows` float32 `[n, D]`, in the order of the batches.
     """
 
     value: str
     source: Source = "current"
-    bins: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.bins < 2:
-            raise ValueError(f"a histogram needs at least 2 bins, not {self.bins}")
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        return (Tap(self.value, self.source, "sample"), Tap(self.value, self.source, "extrema"))
+        return (Tap(self.value, self.source, "rows"),)
 
     def init(self) -> Stat:
-        return _no_range() | _bins(np.zeros(self.bins, np.int64), _MIN_EXPONENT, 0, 0)
+        return {"rows": np.zeros((0, 0), np.float32)}
 
     def update(self, stat: Stat, *arrays: Array) -> Stat:
-        sample, extrema = np.asarray(arrays[0], np.float32).reshape(-1), arrays[1]
-        ranges = _merge_ranges(stat, _finite_range(extrema))
-        dropped = sample.size
-        if not math.isfinite(float(sample.max(initial=0.0)) - float(sample.min(initial=0.0))):
-            sample = sample[np.isfinite(sample)]
-        dropped -= sample.size
-        low, high = float(sample.min(initial=np.inf)), float(sample.max(initial=-np.inf))
-        ranges = _merge_ranges(ranges, _range_stat(low, high, 0, dropped))
-        if not sample.size:
-            return {**stat, **ranges}
-        exponent, first = _join(_occupied(stat), _window(low, high, self.bins), self.bins)
-        counts = _rebin(stat, exponent, first) + _count(sample, exponent, first, self.bins)
-        zeros = int(stat["zeros"]) + sample.size - int(np.count_nonzero(sample))
-        return ranges | _bins(counts, exponent, first, zeros)
+        return self.merge(stat, {"rows": arrays[0].astype(np.float32)})
 
     def merge(self, a: Stat, b: Stat) -> Stat:
-        exponent, first = _join(_occupied(a), _occupied(b), self.bins)
-        counts = _rebin(a, exponent, first) + _rebin(b, exponent, first)
-        return _merge_ranges(a, b) | _bins(counts, exponent, first, int(a["zeros"]) + int(b["zeros"]))
-
-
-def bin_edges(stat: Stat) -> Array:
-    """Edges of the bins of a `Histogram` statistic: float64 `[bins + 1]`, exact."""
-    first, bins = int(stat["first"]), len(stat["counts"])
-    return np.ldexp(np.arange(first, first + bins + 1, dtype=np.float64), int(stat["exponent"]))
+        parts = [stat["rows"] for stat in (a, b) if stat["rows"].size]
+        return {"rows": np.concatenate(parts) if parts else a["rows"]}
 
 
 @dataclass(frozen=True)
@@ -239,7 +207,7 @@ def variance(stat: Stat) -> Array:
     return np.asarray(np.maximum(square / np.maximum(stat["count"], 1) - mean(stat) ** 2, 0.0))
 
 
-def _range_stat(low: Any, high: Any, count: int, nonfinite: int) -> dict[str, Array]:
+def range_stat(low: Any, high: Any, count: int, nonfinite: int) -> dict[str, Array]:
     return {
         "low": np.asarray(low, np.float64),
         "high": np.asarray(high, np.float64),
@@ -248,84 +216,23 @@ def _range_stat(low: Any, high: Any, count: int, nonfinite: int) -> dict[str, Ar
     }
 
 
-def _no_range() -> dict[str, Array]:
-    return _range_stat(np.inf, -np.inf, 0, 0)
+def no_range() -> dict[str, Array]:
+    return range_stat(np.inf, -np.inf, 0, 0)
 
 
-def _finite_range(extrema: Array) -> dict[str, Array]:
+def finite_range(extrema: Array) -> dict[str, Array]:
     """The statistic of one batch from its minimum and maximum `[2]`."""
     low, high = (float(extrema[0]), float(extrema[1])) if extrema.size else (np.inf, -np.inf)
     if low == np.inf and high == -np.inf:
-        return _range_stat(low, high, 1, 0)
+        return range_stat(low, high, 1, 0)
     finite_low, finite_high = math.isfinite(low), math.isfinite(high)
     dropped = 2 - finite_low - finite_high
-    return _range_stat(low if finite_low else np.inf, high if finite_high else -np.inf, 1, dropped)
+    return range_stat(low if finite_low else np.inf, high if finite_high else -np.inf, 1, dropped)
 
 
-def _merge_ranges(a: Stat, b: Stat) -> dict[str, Array]:
+def merge_ranges(a: Stat, b: Stat) -> dict[str, Array]:
     counts = int(a["count"] + b["count"]), int(a["nonfinite"] + b["nonfinite"])
-    return _range_stat(np.minimum(a["low"], b["low"]), np.maximum(a["high"], b["high"]), *counts)
-
-
-_Window = tuple[int, int, int]  # exponent, first k <= 0, last k >= 0
-
-
-def _bins(counts: Array, exponent: int, first: int, zeros: int) -> dict[str, Array]:
-    numbers = {"exponent": exponent, "first": first, "zeros": zeros}
-    return {"counts": counts} | {key: np.asarray(number, np.int64) for key, number in numbers.items()}
-
-
-def _occupied(stat: Stat) -> _Window:
-    """From the first to the last bin in use, and zero."""
-    used = np.flatnonzero(stat["counts"])
-    first, exponent = int(stat["first"]), int(stat["exponent"])
-    return (exponent, min(first + int(used[0]), 0), max(first + int(used[-1]), 0)) if used.size else (exponent, 0, 0)
-
-
-def _window(low: float, high: float, bins: int) -> _Window:
-    """The narrowest bins for `[low, high]` and zero."""
-    if (low := min(low, 0.0)) == (high := max(high, 0.0)):
-        return _MIN_EXPONENT, 0, 0
-    # With one less, (high - low) / 2^exponent would exceed 2 * bins.
-    exponent = max(_MIN_EXPONENT, math.frexp(high - low)[1] - 1 - (bins - 1).bit_length())
-    first, last = math.floor(math.ldexp(low, -exponent)), math.floor(math.ldexp(high, -exponent))
-    return _shrink((exponent, first, last), bins)
-
-
-def _shrink(window: _Window, bins: int) -> _Window:
-    exponent, first, last = window
-    while last - first >= bins:
-        exponent, first, last = exponent + 1, first >> 1, last >> 1
-    return exponent, first, last
-
-
-def _join(a: _Window, b: _Window, bins: int) -> tuple[int, int]:
-    """Exponent and first bin of the narrowest bins for two windows."""
-    (fine, low, high), (exponent, first, last) = sorted((a, b))
-    shift = exponent - fine
-    return _shrink((exponent, min(first, low >> shift), max(last, high >> shift)), bins)[:2]
-
-
-def _rebin(stat: Stat, exponent: int, first: int) -> Array:
-    """Counts of `stat` in the wider bins of `exponent` that begin at `first`: int64 `[bins]`."""
-    counts = np.zeros_like(stat["counts"])
-    used = np.flatnonzero(stat["counts"])
-    shift = min(exponent - int(stat["exponent"]), 62)
-    np.add.at(counts, ((int(stat["first"]) + used) >> shift) - first, stat["counts"][used])
-    return counts
-
-
-def _count(sample: Array, exponent: int, first: int, bins: int) -> Array:
-    """Counts of a finite float32 `sample: [n]`: int64 `[bins]`."""
-    # Scaling by a power of two is exact, except that scaling down may underflow to zero, which float64 never does here.
-    dtype = np.float32 if exponent <= 0 else np.float64
-    factor, counts = dtype(math.ldexp(1.0, -exponent)), np.zeros(bins, np.int64)
-    for start in range(0, sample.size, _CHUNK):
-        scaled = np.multiply(sample[start : start + _CHUNK], factor, dtype=dtype)
-        np.floor(scaled, out=scaled)
-        np.subtract(scaled, dtype(first), out=scaled)
-        counts += np.bincount(scaled.astype(np.intp), minlength=bins)
-    return counts
+    return range_stat(np.minimum(a["low"], b["low"]), np.maximum(a["high"], b["high"]), *counts)
 
 
 def _other_axes(x: Array, axis: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
@@ -18,8 +19,8 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import GraphqError, RecipeError
-from graphq.executor import BATCH, Executor, Fetch
-from graphq.observers import Observer, Stat, Tap
+from graphq.executor import BATCH, Executor, Fetch, sample_step
+from graphq.observers import Observer, Stat
 from graphq.recipe import changed_options
 from graphq.targets import Target
 
@@ -131,23 +132,36 @@ class PassContext:
         return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
 
 
+SAMPLED_BATCHES = 8
+"""Batches, spread over the calibration set, from which a large tensor is subsampled: about 130,000 elements of it."""
+
+
 def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, progress: Progress = no_progress) -> dict[Observer, Stat]:
-    """Run `data` through `model` once and let each observer (all of one source) fold what it taps."""
-    fetches = list(dict.fromkeys(_fetch(tap) for observer in observers for tap in observer.taps))
+    """Run `data` through `model` once and let each observer (all of one source) fold what it taps.
+
+    Subsamples of large tensors come from some of the batches only: a convolution's output has to be copied out of the
+    runtime's blocked layout for them. Extrema see every batch.
+    """
+    fetches = list(dict.fromkeys(Fetch(tap.value, tap.view) for observer in observers for tap in observer.taps))
+    values = ir.values_by_name(model.graph)
+    cheap = [fetch for fetch in fetches if fetch.view != "sample" or sample_step(ir.shape_of(values.get(fetch.value))) == 1]
     executor = Executor(model, fetches)
+    size = BATCH // 2 if any(fetch.view == "whole" for fetch in fetches) else BATCH  # whole tensors take as much memory again
+    every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
+    between = Executor(model, cheap) if every > 1 else executor
     stats = {observer: observer.init() for observer in observers}
     done = 0
-    for batch in data.batches(BATCH):
-        arrays = dict(zip(fetches, executor.run(batch), strict=True))
+    for index, batch in enumerate(data.batches(size)):
+        chosen = between if index % every else executor
+        arrays = dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
         for observer in observers:
-            stats[observer] = observer.update(stats[observer], *(arrays[_fetch(tap)] for tap in observer.taps))
+            stats[observer] = observer.update(stats[observer], *(arrays[Fetch(tap.value, tap.view)] for tap in observer.taps))
         done += len(next(iter(batch.values())))
         progress("calibrate", done, len(data))
     return stats
 
 
-def _fetch(tap: Tap) -> Fetch:
-    return Fetch(tap.value, tap.view)
+_NOTHING = np.zeros(0, np.float32)
 
 
 @options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

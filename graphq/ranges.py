@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from graphq.observers import Histogram, Observer, Range, Source, Stat, bin_edges
+from graphq.histogram import Histogram, bin_edges
+from graphq.observers import Observer, Range, Source, Stat
 from graphq.quantizers import Uniform
 from graphq.spec import QuantSpec
 

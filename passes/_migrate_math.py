@@ -30,24 +30,23 @@ def scaled_range(low: np.ndarray, high: np.ndarray, k: np.ndarray) -> tuple[floa
     return float(np.min(low / k)), float(np.max(high / k))
 
 
-def noise(x: np.ndarray, weights: Sequence[np.ndarray], k: np.ndarray, low: np.ndarray, high: np.ndarray, activation: QuantSpec) -> float:
-    """Mean squared error of `Q(X / k) Q(diag(k) W)` against `X W`, summed over the weights, on the rows `x`."""
+def noise(x: np.ndarray, weight: np.ndarray, exact: np.ndarray, k: np.ndarray, low: np.ndarray, high: np.ndarray,
+          activation: QuantSpec) -> float:  # fmt: skip
+    """Mean squared error of `Q(X / k) Q(diag(k) W)` against `exact = X W`, on the rows `x`."""
     quantizer, per_output = Uniform(activation), Uniform(QuantSpec(8, granularity=PerAxis(1)))
     rounded = quantizer.fake_quantize(x / k, quantizer.fit(*scaled_range(low, high, k)))
-    total = 0.0
-    for weight in weights:
-        moved = weight * k[:, None]
-        error = rounded @ per_output.fake_quantize(moved, per_output.fit_weight(moved)) - x @ weight
-        total += float(np.mean(error.astype(np.float64) ** 2))
-    return total
+    moved = weight * k[:, None]
+    error = rounded @ per_output.fake_quantize(moved, per_output.fit_weight(moved)) - exact
+    return float(np.mean(np.square(error), dtype=np.float64))
 
 
 def search(
     x: np.ndarray, weights: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray, activation: QuantSpec
 ) -> tuple[np.ndarray, float]:
     """The `k` with the least noise among `ALPHAS`, and what it gains over no migration, in dB (negative: none helps)."""
-    plain = noise(x, weights, np.ones(low.shape, np.float32), low, high, activation)
-    candidates = [factors(low, high, weights, alpha) for alpha in ALPHAS]
-    found = [noise(x, weights, k, low, high, activation) for k in candidates]
+    weight = np.concatenate(weights, axis=1)
+    candidates = [np.ones(low.shape, np.float32), *(factors(low, high, weights, alpha) for alpha in ALPHAS)]
+    exact = x @ weight
+    plain, *found = (noise(x, weight, exact, k, low, high, activation) for k in candidates)
     best = int(np.argmin(found))
-    return candidates[best], 10 * float(np.log10(max(plain, 1e-30) / max(found[best], 1e-30)))
+    return candidates[1 + best], 10 * float(np.log10(max(plain, 1e-30) / max(found[best], 1e-30)))

@@ -13,8 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
-from graphq.executor import BATCH, Executor, Fetch
-from graphq.observers import ChannelRange, Range
+from graphq.observers import ChannelRange, Range, Rows
 from graphq.passes import _migrate_math as math
 from graphq.passes import _placement
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -28,8 +27,7 @@ class Migrate(Pass):
     Attributes:
         min_gain_db: What a layer's output error must gain for a factor that folds into the normalization before it.
         min_gain_mul_db: The same for a factor that costs a Mul of its own.
-        error_samples: Calibration samples on which the gain is measured.
-        rows: Rows of activations to measure on, at most.
+        rows: Rows of activations on which the gain is measured, at most.
         exclude: Patterns of node names that are left alone.
     """
 
@@ -39,23 +37,22 @@ class Migrate(Pass):
 
     min_gain_db: Annotated[float, Field(ge=0)] = 0.5
     min_gain_mul_db: Annotated[float, Field(ge=0)] = 3.0
-    error_samples: Annotated[int, Field(ge=1)] = 4
-    rows: Annotated[int, Field(ge=16)] = 128
+    rows: Annotated[int, Field(ge=16)] = 256
     exclude: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         layers = self._layers(model, ctx.target)
         if not layers:
             return
-        observers = {value: ChannelRange(value.name or "", -1) for value in layers}
-        stats = ctx.observe(observers.values())
-        samples = self._samples(model, list(layers), ctx)
+        observers = {value: (ChannelRange(value.name or "", -1), Rows(value.name or "")) for value in layers}
+        stats = ctx.observe(one for pair in observers.values() for one in pair)
         ranges = {}
         for value, nodes in layers.items():
-            low, high = (np.asarray(stats[observers[value]][end], np.float64) for end in ("low", "high"))
+            seen, rows = (stats[observer] for observer in observers[value])
+            low, high = (np.asarray(seen[end], np.float64) for end in ("low", "high"))
             ranges[value.name or ""] = (float(low.min()), float(high.max()))
             weights = [_matrix(node) for node in nodes]
-            k, gain = math.search(samples[value], weights, low, high, replace(ctx.target.activation, symmetric=False))
+            k, gain = math.search(rows["rows"][: self.rows], weights, low, high, replace(ctx.target.activation, symmetric=False))
             folds = _folds(value, nodes)
             if gain < (self.min_gain_db if folds else self.min_gain_mul_db):
                 continue
@@ -79,16 +76,6 @@ class Migrate(Pass):
             if not ir.attribute(node, "transA", 0):
                 layers.setdefault(linear.data_of(node), []).append(node)
         return layers
-
-    def _samples(self, model: ir.Model, values: list[ir.Value], ctx: PassContext) -> dict[ir.Value, np.ndarray]:
-        """Rows of each value, float32 of shape (rows, D), spread over the samples."""
-        executor = Executor(model, [Fetch(value.name or "") for value in values])
-        parts: dict[ir.Value, list[np.ndarray]] = {value: [] for value in values}
-        for batch in ctx.calib.take(self.error_samples).batches(BATCH):
-            for value, array in zip(values, executor.run(batch), strict=True):
-                rows = array.reshape(-1, array.shape[-1])
-                parts[value].append(rows[:: max(1, len(rows) // self.rows)][: self.rows].copy())
-        return {value: np.concatenate(arrays) for value, arrays in parts.items()}
 
 
 def _matrix(node: ir.Node) -> np.ndarray:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from graphq.errors import DataError
-from graphq.observers import ChannelRange, Gram, Histogram, Moments, Range, Tap, bin_edges, mean, variance
+from graphq.histogram import Histogram, bin_edges
+from graphq.observers import ChannelRange, Gram, Moments, Range, Rows, Tap, mean, variance
 
 
 def batches(seed, scale_spread=3.0):
@@ -19,9 +20,7 @@ def batches(seed, scale_spread=3.0):
 def arrays(observer, x):
     """What an executor would hand over."""
     extrema = np.array([x.min(initial=np.inf), x.max(initial=-np.inf)])
-    rows = x.reshape(-1, x.shape[-1])
-    channels = np.stack([rows.min(0, initial=np.inf), rows.max(0, initial=-np.inf)])
-    views = {"whole": x, "sample": x.reshape(-1)[::3], "extrema": extrema, "channels": channels}
+    views = {"whole": x, "sample": x.reshape(-1)[::3], "extrema": extrema, "rows": x.reshape(-1, x.shape[-1])[::3]}
     return [views[tap.view] for tap in observer.taps]
 
 
@@ -168,3 +167,10 @@ def test_an_axis_that_changes_its_size_is_refused(observer):
     stat = observer.update(observer.init(), np.ones((2, 1), np.float32))
     with pytest.raises(DataError, match="1 and 3"):
         observer.update(stat, np.ones((2, 3), np.float32))
+
+
+def test_rows_are_kept_in_the_order_of_the_batches():
+    data = batches(0)
+    stat = fold(Rows("v"), data)
+    np.testing.assert_array_equal(stat["rows"], np.concatenate([x.reshape(-1, 4)[::3] for x in data]))
+    assert fold(Rows("v"), [])["rows"].size == 0

@@ -11,8 +11,10 @@ from pydantic import Field
 from graphq import ir, pipeline, verify
 from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError, VerifyError
+from graphq.executor import BATCH, SAMPLE_SIZE
+from graphq.histogram import Histogram
 from graphq.observers import ChannelRange, Moments, Range
-from graphq.pipeline import Pass, PassContext, pass_options, run_passes
+from graphq.pipeline import SAMPLED_BATCHES, Pass, PassContext, fold, pass_options, run_passes
 from graphq.targets import get_target
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
@@ -200,3 +202,18 @@ def test_what_did_not_change_is_not_verified_again(ctx: PassContext) -> None:
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Scale(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [3, 3 * SAMPLE_SIZE])
+def test_extrema_come_from_every_batch_and_subsamples_from_some(width: int) -> None:
+    """Small tensors are sampled whole, and from every batch."""
+    shape = f"float[N,{width}]"
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> g ({shape} x) => ({shape} y) {{ y = Neg(x) }}')
+    x = np.tile(np.arange(200, dtype=np.float32)[:, None], (1, width))
+    stats = fold(model, [Histogram("y"), Range("y")], open_calibration({"x": x}, ir.inputs(model)))
+    assert {float(stat["low"]) for stat in stats.values()} == {-199}
+    counted = int(stats[Histogram("y")]["counts"].sum())
+    if width == 3:
+        assert counted == x.size
+    else:
+        assert SAMPLED_BATCHES * BATCH * SAMPLE_SIZE / 2 <= counted < 200 * SAMPLE_SIZE / 2

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from graphq.observers import Histogram, Range, bin_edges
+from graphq.histogram import Histogram, bin_edges
+from graphq.observers import Range
 from graphq.quantizers import Uniform
 from graphq.ranges import ESTIMATORS, Entropy, MinMax, Mse, Percentile, _divergence, expected_error
 from graphq.spec import QuantSpec

@@ -189,6 +189,6 @@ def test_search_reports_the_gain_it_measured() -> None:
     weight = rng.standard_normal((D, WIDTH)).astype(np.float32)
     low, high = x.min(0).astype(float), x.max(0).astype(float)
     k, gain = math.search(x, [weight], low, high, ACTIVATION)
-    plain, moved = (math.noise(x, [weight], one, low, high, ACTIVATION) for one in (np.ones(D, np.float32), k))
+    plain, moved = (math.noise(x, weight, x @ weight, one, low, high, ACTIVATION) for one in (np.ones(D, np.float32), k))
     assert gain == pytest.approx(10 * np.log10(plain / moved))
     assert gain > 3
