@@ -11,4 +11,5 @@ CATALOG = {
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
     "cross-scale": "graphq.passes.cross_scale:CrossScale",
+    "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
 }

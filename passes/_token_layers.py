@@ -17,8 +17,8 @@ from graphq.precision import Bits
 TokenLayers = dict[tuple[ir.Value, int], list[ir.Node]]
 """The layers that read one activation, by it and the bits that it shall get."""
 
-ROWS = 128
-"""Rows of a batch that errors are measured on, at most."""
+SAMPLES, ROWS = 64, 32
+"""Samples that errors are measured on, and rows of a batch of them, at most."""
 
 DYNAMIC_QUANTIZE = """
 DynamicQuantize (x, levels) => (y) {
@@ -82,11 +82,11 @@ def is_fixed(value: ir.Value | None) -> bool:
 
 
 def rows(model: ir.Model, values: Sequence[ir.Value], data: CalibrationSet) -> dict[ir.Value, np.ndarray]:
-    """Rows of each value, float32 of shape (rows, D): up to `ROWS` of each batch of `data`, evenly spread."""
-    executor = Executor(model, [Fetch(value.name or "") for value in values])
+    """Rows of each value, float32 of shape (rows, D): up to `ROWS` of each batch of the first `SAMPLES` of `data`, evenly spread."""
     parts: dict[ir.Value, list[np.ndarray]] = {value: [] for value in values}
-    for batch in data.batches(BATCH):
-        for value, array in zip(values, executor.run(batch), strict=True):
+    executor = Executor(model, [Fetch(value.name or "") for value in parts])
+    for batch in data.take(SAMPLES).batches(BATCH):
+        for value, array in zip(parts, executor.run(batch), strict=True):
             tokens = array.reshape(-1, array.shape[-1])
             parts[value].append(tokens[np.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).astype(int)])
     return {value: np.concatenate(arrays) for value, arrays in parts.items()}

@@ -21,9 +21,6 @@ from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
 from graphq.targets import Target
 
-ERROR_SAMPLES = 8
-"""Held-out samples that errors are measured on."""
-
 WEIGHT_BITS = 8
 """Width that errors count with for weights whose layer asks for none."""
 
@@ -79,7 +76,7 @@ class CrossScale(Pass):
             return
         observers = {value: ChannelRange(value.name or "", -1) for value in values}
         stats = ctx.observe(observers.values())
-        rows = _token_layers.rows(model, values, ctx.held_out.take(ERROR_SAMPLES))
+        rows = _token_layers.rows(model, values, ctx.held_out)
         for (value, bits), nodes in layers.items():
             low, high = (stats[observers[value]][end] for end in ("low", "high"))
             c = np.maximum(-low, high)
