@@ -85,7 +85,7 @@ def outputs(model: ir.Model | onnx.ModelProto, x: np.ndarray) -> list[np.ndarray
 
 
 def noises(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "Add" and (node.outputs[0].name or "").endswith("_noisy")]
+    return [node for node in model.graph if node.op_type == "Add" and "_noisy" in (node.outputs[0].name or "")]
 
 
 def dump(model: ir.Model) -> str:
