@@ -37,11 +37,17 @@ class SweepStep:
     x_cur: Batches
     _current: _Walk
     _reference: _Walk
-    _twin: ir.Node
+    _twin: ir.Node | None
 
     @cached_property
     def y_ref(self) -> Batches:
-        """First output of the node in the reference, which runs only for those who ask; to be read before the sweep goes on."""
+        """First output of the node in the reference, which runs only for those who ask; to be read before the sweep goes on.
+
+        Raises:
+            ModelError: the reference has no node of that name.
+        """
+        if self._twin is None:
+            raise ModelError("The reference model has no such node.", where=ir.describe(self.node))
         return self._reference.advance([self._twin.outputs[0]])
 
     def y_cur(self) -> Batches:
@@ -51,17 +57,10 @@ class SweepStep:
 
 def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib: CalibrationSet, *, memory_budget: int = 2 << 30,
           progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Iterator[SweepStep]:  # fmt: skip
-    """Visit `nodes` of `model`'s main graph in topological order; their names are those of nodes in `reference`.
-
-    Raises:
-        ModelError: a node has no namesake in the reference.
-    """
+    """Visit `nodes` of `model`'s main graph in topological order; nodes of `reference` are found by their names."""
     namesakes = {node.name: node for node in reference.graph}
     position = {node: index for index, node in enumerate(model.graph)}
     stops = sorted(nodes, key=position.__getitem__)
-    missing = [node for node in stops if node.name not in namesakes]
-    if missing:
-        raise ModelError("A sweep can only stop at nodes that the reference model has too.", where=ir.describe(missing[0]))
     batches = list(calib.batches(BATCH))
     with tempfile.TemporaryDirectory(prefix="graphq-sweep-") as folder:
         feeds = {name: [batch[name] for batch in batches] for name in batches[0]} if batches else {}
@@ -70,7 +69,7 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
             x_cur = current.advance(node.inputs)
-            yield SweepStep(node, x_cur, current, float_walk, namesakes[node.name])
+            yield SweepStep(node, x_cur, current, float_walk, namesakes.get(node.name))
 
 
 class _Store:

@@ -1,0 +1,221 @@
+"""Layers as matrix products: rows times weight is what ONNX Runtime computes, and sums of rows are what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir
+import pytest
+from onnx import numpy_helper, parser
+
+from graphq import ir
+from graphq.calibration import open_calibration
+from graphq.executor import Executor
+from graphq.passes import _layer_rows
+from graphq.passes._layer_rows import Layer, Sums, collect, offset, pick
+from graphq.sweep import SweepStep, sweep
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def build(text: str, **weights: np.ndarray) -> ir.Model:
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    return onnx_ir.from_proto(proto)
+
+
+LAYERS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "MatMul": ("MatMul(x, w)", (6, 5, 8), (8, 3)),
+    "MatMul of matrices": ("MatMul(x, w)", (6, 8), (8, 3)),
+    "Gemm": ("Gemm(x, w, b)", (6, 8), (8, 3)),
+    "Gemm transB": ("Gemm <transB = 1> (x, w, b)", (6, 8), (3, 8)),
+    "Gemm transA": ("Gemm <transA = 1> (x, w, b)", (6, 9), (6, 3)),
+    "Gemm alpha, beta": ("Gemm <alpha = 0.5, beta = 3.0> (x, w, b)", (6, 8), (8, 3)),
+    "Conv": ("Conv(x, w, b)", (6, 4, 7, 5), (3, 4, 3, 2)),
+    "Conv strides, pads": ("Conv <strides = [2, 3], pads = [1, 0, 2, 3]> (x, w, b)", (6, 4, 7, 5), (3, 4, 3, 2)),
+    "Conv dilations": ("Conv <dilations = [2, 3], pads = [1, 1, 1, 1]> (x, w, b)", (6, 4, 7, 7), (3, 4, 3, 2)),
+    "Conv groups": ("Conv <group = 2> (x, w)", (6, 4, 5, 5), (6, 2, 3, 3)),
+    "Conv depthwise": ("Conv <group = 3, pads = [1, 1, 1, 1]> (x, w, b)", (6, 3, 5, 5), (3, 1, 3, 3)),
+    "Conv depthwise, two outputs": ("Conv <group = 3> (x, w)", (6, 3, 5, 5), (6, 1, 3, 3)),
+    "Conv 1-D": ("Conv <strides = [2]> (x, w, b)", (6, 4, 9), (3, 4, 3)),
+    "Conv 3-D": ("Conv <pads = [1, 0, 1, 0, 1, 0]> (x, w, b)", (6, 2, 4, 3, 5), (3, 2, 2, 3, 2)),
+    "Conv SAME_UPPER": ("Conv <auto_pad = \"SAME_UPPER\", strides = [2, 2]> (x, w, b)", (6, 2, 7, 6), (3, 2, 4, 3)),
+    "Conv SAME_LOWER": ("Conv <auto_pad = \"SAME_LOWER\", strides = [1, 3]> (x, w, b)", (6, 2, 7, 6), (3, 2, 4, 3)),
+    "Conv VALID": ("Conv <auto_pad = \"VALID\"> (x, w, b)", (6, 2, 7, 6), (3, 2, 4, 3)),
+}  # fmt: skip
+
+
+def model_of(case: str) -> tuple[ir.Model, np.ndarray]:
+    body, data, weight = LAYERS[case]
+    bias = {"b": floats(weight[0] if "Conv" in case else 3)} if "b)" in body else {}
+    declared = ", ".join(["N", *map(str, data[1:])])
+    return build(f"g (float[{declared}] x) => (float[] y) {{ [it] y = {body} }}", w=floats(*weight), **bias), floats(*data)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_rows_times_weight_is_the_output(case: str) -> None:
+    """At all rows, at some of them, and at none, to the rounding of float32."""
+    model, x = model_of(case)
+    layer, y = Layer(model.graph[0]), Executor(model).run({"x": x})[0]
+    bias = offset(model.graph[0])
+    assert bias is not None
+    count = layer.count(x.shape)
+    assert count * layer.weight().shape[0] * layer.weight().shape[1] == y.size
+    for picked in (np.arange(count), np.array([1, count - 1]), np.arange(0)):
+        made = layer.rows(x, picked) @ layer.weight().swapaxes(1, 2) + layer.by_group(bias)
+        np.testing.assert_allclose(made, layer.outputs(y, picked), atol=1e-5)
+        assert layer.rows(x, picked).dtype == np.float32
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_weight_goes_back_where_it_came_from(case: str) -> None:
+    model, _ = model_of(case)
+    np.testing.assert_array_equal(Layer(model.graph[0]).stored(Layer(model.graph[0]).weight()), ir.constant(model.graph[0].inputs[1]))
+
+
+BIASES: dict[str, tuple[str, np.ndarray | None]] = {
+    "none": ("y = Gemm(x, w)", np.zeros(3)),
+    "scalar": ("y = Gemm(x, w, one)", np.full(3, 2.0)),
+    "beta": ("y = Gemm <beta = 0.5> (x, w, b)", np.array([0.5, 1.0, 1.5])),
+    "an Add behind": ("a = MatMul(x, w) y = Add(a, b)", np.array([1.0, 2.0, 3.0])),
+    "an Add of something else": ("a = MatMul(x, w) y = Add(a, a)", np.zeros(3)),
+    "one for each row": ("y = Gemm(x, w, rows)", None),
+    "computed": ("r = ReduceMean(x) y = Gemm(x, w, r)", None),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_offset(case: str) -> None:
+    body, expected = BIASES[case]
+    weights = {"w": floats(8, 3), "b": np.array([1, 2, 3], np.float32), "one": np.float32(2), "rows": floats(3, 1)}
+    model = build(f"g (float[3, 8] x) => (float[] y) {{ {body} }}", **{name: one for name, one in weights.items() if name in body})
+    found = offset(next(node for node in model.graph if node.op_type in ("Gemm", "MatMul")))
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        np.testing.assert_array_equal(found, expected)
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+def stop(case: str, samples: int = 30) -> tuple[SweepStep, ir.Node, np.ndarray, np.ndarray]:
+    """A stop at the layer in a model whose weight is a little off, the layer in the reference, and all X and R as float64."""
+    reference, x = model_of(case)
+    x = floats(samples, *x.shape[1:])
+    model = ir.clone(reference)
+    node, twin = model.graph[0], reference.graph[0]
+    weight = ir.constant(node.inputs[1])
+    assert weight is not None and node.inputs[1] is not None
+    node.inputs[1].const_value = ir.make_tensor(weight + 0.1 * floats(*weight.shape), "float32", "w")
+    (step,) = sweep(model, reference, [node], open_calibration({"x": x}, ir.inputs(model)))
+    layer, every = Layer(node), np.arange(Layer(node).count(x.shape))
+    missing = Executor(reference).run({"x": x})[0] - Executor(model).run({"x": x})[0].astype(np.float64)
+    return step, twin, layer.rows(x, every).astype(np.float64), layer.outputs(missing, every)
+
+
+SUMMED = ("MatMul", "Gemm alpha, beta", "Conv strides, pads", "Conv groups", "Conv depthwise")
+
+
+@pytest.mark.parametrize("case", SUMMED)
+def test_collected_sums(case: str) -> None:
+    """Against float64 sums over all rows; the rows are few enough that all are used."""
+    step, twin, x, r = stop(case)
+    train, held = collect(step, twin, 0)
+    assert train.count + held.count == x.shape[1] and 0.1 < held.count / x.shape[1] < 0.3
+    sums = train + held
+    expected = {"gram": x.swapaxes(1, 2) @ x, "total": x.sum(1), "cross": r.swapaxes(1, 2) @ x, "lack": r.sum(1), "square": np.sum(r**2)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), value, atol=2e-5 * np.abs(value).max())
+    plain = sum(collect(step, None, 0), Sums.none(*sums.cross.shape))
+    np.testing.assert_array_equal(plain.gram, sums.gram)
+    assert plain.square == 0 and not plain.cross.any() and plain.power > 0
+
+
+@pytest.mark.parametrize("case", SUMMED)
+def test_moved_sums_are_those_of_the_moved_layer(case: str) -> None:
+    step, twin, x, r = stop(case)
+    sums = sum(collect(step, twin, 0), Sums.none(*collect(step, twin, 0)[0].cross.shape))
+    delta, shift = 0.1 * RNG.standard_normal(sums.cross.shape), 0.1 * RNG.standard_normal(sums.lack.shape)
+    after = r - x @ delta.swapaxes(1, 2) - shift[:, None]
+    moved = sums.moved(delta, shift)
+    assert moved.square == pytest.approx(np.sum(after**2), rel=1e-5)
+    assert moved.error == pytest.approx(moved.square / sums.power)
+    np.testing.assert_allclose(moved.cross, after.swapaxes(1, 2) @ x, atol=1e-4 * np.abs(sums.cross).max())
+    np.testing.assert_allclose(moved.lack, after.sum(1), atol=1e-4 * np.abs(sums.lack).max())
+    away = x - x.mean(1, keepdims=True)
+    np.testing.assert_allclose(moved.centred_gram, away.swapaxes(1, 2) @ away, atol=1e-4 * np.abs(sums.gram).max())
+
+
+def test_products_in_float32_are_good_enough() -> None:
+    """Off by less than 1e-6 of sqrt(g_ii g_jj), for channels of very different size and with means."""
+    x = (RNG.standard_normal((1, 4096, 64)) * np.exp(2 * RNG.standard_normal(64)) + RNG.standard_normal(64)).astype(np.float32)
+    sums, wide = Sums.of(x, x[..., :2], x), x.astype(np.float64)
+    gram = wide.swapaxes(1, 2) @ wide
+    scale = np.sqrt(np.einsum("gdd->gd", gram))
+    assert (np.abs(sums.gram - gram) / (scale[:, :, None] * scale[:, None])).max() < 1e-6
+
+
+def test_rows_are_held_out_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of one side seldom has a neighbour on the other, and no row is on both."""
+    step, twin, x, _ = stop("MatMul", samples=100)
+    seen: list[np.ndarray] = []
+    gather: Callable[..., np.ndarray] = _layer_rows._gather
+    monkeypatch.setattr(_layer_rows, "_gather", lambda rows, *rest: seen.append(rows) or gather(rows, *rest))
+    collect(step, None, 0)
+    train, held = seen
+    assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(x.shape[1]))
+    assert len(held) == x.shape[1] // 5 and np.sum(np.diff(held) > 1) == 9
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 1000, 12345])
+def test_picked_rows_are_spread(count: int) -> None:
+    """One of each stretch of count / 100 rows, at places that differ, the same for the same seed."""
+    rows = pick(count, 100, 3)
+    assert np.array_equal(rows, pick(count, 100, 3)) and len(rows) == min(count, 100)
+    assert (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < count
+    if count > 100:
+        assert np.abs(rows * 100 // count - np.arange(100)).max() <= 1
+        assert not np.array_equal(rows, pick(count, 100, 4)) and len(np.unique(np.diff(rows))) > 3
+
+
+def test_few_rows_are_used_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_layer_rows, "ROWS", 40)
+    step, twin, x, r = stop("Conv strides, pads", samples=200)
+    train, held = collect(step, twin, 0)
+    limit = 32 * x.shape[2]
+    assert train.count + held.count == limit < x.shape[1]
+    expected = x.swapaxes(1, 2) @ x / x.shape[1]
+    assert np.abs((train + held).gram / limit - expected).max() < 0.2 * expected.max()
+
+
+REFUSED = {
+    "y = MatMul(x, x)": "not a constant",
+    "v = Mul(w, w) y = MatMul(x, v)": "not a constant",
+    "y = ConvTranspose(x, w4)": "transposed convolution",
+    "i = Cast <to = 3> (w) d = DequantizeLinear(i, s) y = MatMul(x, d)": "quantized already",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_refusals(body: str) -> None:
+    shape = "2, 8, 4, 4" if "Conv" in body else "8, 8"
+    weights = {"w": floats(8, 8), "w4": floats(8, 2, 3, 3), "s": np.float32(1)}
+    model = build(f"g (float[{shape}] x) => (float[] y) {{ {body} }}", **weights)
+    (node,) = _layer_rows.candidates(model)
+    assert REFUSED[body] in str(_layer_rows.refusal(model, node, ()))
+
+
+def test_refusal_of_excluded_nodes_and_subgraphs() -> None:
+    model = build("""g (bool c, float[8, 8] x) => (float[] y) {
+        [out] a = MatMul(x, w)
+        y = If(c) <then_branch = t () => (float[] p) { [in] p = MatMul(a, w) }, else_branch = e () => (float[] q) { q = Neg(a) }> }""",
+        w=floats(8, 8))  # fmt: skip
+    outer, inner = _layer_rows.candidates(model)
+    assert _layer_rows.refusal(model, outer, ()) is None
+    assert _layer_rows.refusal(model, outer, ("o*",)) == _layer_rows.refusal(model, outer, ("MatMul",)) == "excluded by the recipe"
+    assert _layer_rows.refusal(model, inner, ()) == "it lies in a subgraph"
