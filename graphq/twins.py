@@ -104,7 +104,7 @@ def measure_together(
 def effects(model: ir.Model, twins: Sequence[Twin], data: CalibrationSet, progress: Progress = no_progress) -> np.ndarray:
     """What each twin alone does to the model's outputs, if it takes the place of its layer.
 
-    The model runs once for each twin, so a few samples must do: two rank layers nearly as well as many.
+    The model runs once for each twin, so a few samples must do: on images, four rank layers nearly as well as many.
 
     Returns:
         Noise over power, mean over the float outputs; float64 of shape (twins,).
