@@ -11,6 +11,8 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
+    "aqer": "graphq.passes.aqer:Aqer",
+    "round": "graphq.passes.round:Round",
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
     "cross-scale": "graphq.passes.cross_scale:CrossScale",

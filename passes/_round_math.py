@@ -1,0 +1,179 @@
+"""Rounding a layer's weight so that its output, not each weight, is close: GPTQ, Wqer, and greedy steps of one code.
+
+All minimize `P(δ) = δᵀ C δ` for each output, where δ is what rounding changes in its weights and C the (damped) Gram matrix of
+what the layer reads. Letters as in `_layer_rows`: W: [G, O, D], C: [G, D, D]; codes are whole numbers, float64 [G, O, D].
+
+GPTQ: arXiv 2210.17323. Wqer: ERQ, arXiv 2407.06794, with exact gains. METHODS.md M1 and 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphq.quantizers import QParams, Uniform, qparams_shape
+from graphq.spec import PerGroup, QuantSpec
+
+DAMPING = 0.01
+"""Added to the diagonal of C, in units of its mean."""
+
+CLIPS = np.geomspace(1.0, 0.25, 30)
+"""Shares of the min-max range that the search for a scale tries."""
+
+_BLOCK = 128  # Columns of GPTQ whose effect on the rest is applied at once.
+_TILE = 1 << 17  # Elements of the greedy search at once: they stay in the cache between its steps.
+_STEPS = 4  # Steps of one code for each of D inputs, at most.
+_MARGIN = 1 + 1e-9  # A step has to gain more than float64 loses.
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a weight may have: `(q - zero) * scale` with whole q from `low` to `high`; arrays broadcast to [G, O, D]."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, qparams: QParams, spec: QuantSpec, shape: tuple[int, ...]) -> Grid:
+        """For a weight of `shape` [G, O, D] with the qparams of `fit`."""
+        size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else shape[2]
+        scale, zero = (
+            np.repeat(part.astype(np.float64).reshape(*shape[:2], -1), size, axis=2)[..., : shape[2]]
+            for part in (qparams.scale, qparams.zero_point)
+        )
+        return cls(scale, zero, spec.qmin, spec.qmax)
+
+    def __getitem__(self, index: Any) -> Grid:
+        return Grid(self.scale[index], self.zero[index], self.low, self.high)
+
+    def nearest(self, weight: np.ndarray) -> np.ndarray:
+        """Codes of round to nearest."""
+        return np.asarray(np.clip(np.rint(weight / self.scale) + self.zero, self.low, self.high))
+
+    def floats(self, codes: np.ndarray) -> np.ndarray:
+        return np.asarray((codes - self.zero) * self.scale)
+
+
+def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = None) -> QParams:
+    """Qparams of `weight` [G, O, D], flattened to rows [G * O, D], which is what the granularity of `spec` speaks of.
+
+    Min-max, or with the `importance` [G, D] of each input the share of that range with the least `Σ importance (ŵ - w)²`.
+    """
+    rows, quantizer = weight.reshape(-1, weight.shape[2]).astype(np.float32), Uniform(spec)
+    if importance is None:
+        return quantizer.fit_weight(rows)
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else rows.shape[1]
+    starts, shape = np.arange(0, rows.shape[1], size), qparams_shape(rows.shape, spec.granularity)
+    ends = [reduce.reduceat(rows, starts, axis=1).reshape(shape) for reduce in (np.minimum, np.maximum)]
+    ends = [np.minimum(ends[0], 0.0), np.maximum(ends[1], 0.0)]
+    weights = np.repeat(importance, weight.shape[1], axis=0)
+    least, share = np.full(shape, np.inf), np.ones(shape)
+    for clip in CLIPS:
+        lost = quantizer.fake_quantize(rows, quantizer.fit(*(end * clip for end in ends))) - rows
+        error = np.add.reduceat(weights * lost**2, starts, axis=1).reshape(shape)
+        share, least = np.where(error < least, clip, share), np.minimum(error, least)
+    return quantizer.fit(*(end * share for end in ends))
+
+
+def damped(gram: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """C with `damping` times its mean diagonal on the diagonal; the identity if nothing was seen."""
+    mean = float(np.einsum("gdd->gd", gram).mean())
+    return np.asarray(gram + (damping * mean if mean > 0 else 1.0) * np.eye(gram.shape[1]))
+
+
+def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+    """Codes column by column, those of the largest inputs first, each error made up for by the columns that are left.
+
+    An input that was never seen is decoupled from the others by the damping: its weights are rounded to nearest.
+    """
+    order = np.argsort(-np.einsum("gdd->gd", gram), axis=1, kind="stable")
+    groups, outputs = np.arange(len(gram))[:, None, None], np.arange(weight.shape[1])
+    sorted_gram = gram[groups, order[:, :, None], order[:, None]]
+    upper = np.linalg.cholesky(np.linalg.inv(sorted_gram)).swapaxes(1, 2)
+    place = (groups, outputs, order[:, :, None])  # of column k of [G, D, O], the layout that keeps a column together
+    left, columns, codes = weight[place], grid[place], np.empty((len(gram), order.shape[1], len(outputs)))
+    for start in range(0, order.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, order.shape[1])
+        for k in range(start, stop):
+            codes[:, k] = columns[:, k].nearest(left[:, k])
+            left[:, k] -= columns[:, k].floats(codes[:, k])
+            left[:, k] /= upper[:, k, k, None]
+            left[:, k + 1 : stop] -= upper[:, k, k + 1 : stop, None] * left[:, None, k]
+        left[:, stop:] -= upper[:, start:stop, stop:].swapaxes(1, 2) @ left[:, start:stop]
+    found = np.empty(weight.shape)
+    found[place] = codes
+    return found
+
+
+def greedy(weight: np.ndarray, gram: np.ndarray, grid: Grid, codes: np.ndarray) -> np.ndarray:
+    """Codes that no single step of 1 improves, found from `codes` by taking, in every row, the step of the largest gain.
+
+    A step by ±s in input j changes P by `±2 s (Cδ)_j + s² C_jj`.
+    """
+    outputs, inputs = weight.shape[1:]
+    rows = max(1, _TILE // inputs)
+    found = codes.reshape(-1, inputs).copy()
+    delta = (grid.floats(codes) - weight).reshape(-1, inputs)
+    scale = grid.scale.reshape(-1, inputs)
+    for start in range(0, len(found), rows):
+        part = slice(start, start + rows)
+        group = np.arange(start, min(start + rows, len(found))) // outputs
+        found[part] = _descend(found[part], delta[part], scale[part], gram, group, (grid.low, grid.high))
+    return found.reshape(weight.shape)
+
+
+def _descend(
+    codes: np.ndarray, delta: np.ndarray, scale: np.ndarray, gram: np.ndarray, group: np.ndarray, ends: tuple[int, int]
+) -> np.ndarray:
+    """`greedy` for rows [R, D], of which `group` [R] says the C."""
+    slope = np.empty(delta.shape)
+    for one in np.unique(group):
+        slope[group == one] = delta[group == one] @ gram[one]
+    cost = _MARGIN * scale * np.einsum("gdd->gd", gram)[group]
+    up, down = (np.where(codes == end, np.inf, cost) for end in ends[::-1])
+    alive = np.arange(len(codes))
+    for _ in range(_STEPS * codes.shape[1]):
+        gain = np.maximum(2 * slope - down, -2 * slope - up) * scale
+        best = gain.argmax(axis=1)
+        moving = np.flatnonzero(gain[np.arange(len(best)), best] > 0)
+        if not len(moving):
+            break
+        if len(moving) < 0.75 * len(alive):
+            alive, best = alive[moving], best[moving]
+            slope, scale, cost, up, down = (part[moving] for part in (slope, scale, cost, up, down))
+            moving = np.arange(len(alive))
+        row, j = alive[moving], best[moving]
+        step = -np.sign(slope[moving, j])
+        codes[row, j] += step
+        slope[moving] += (step * scale[moving, j])[:, None] * gram[group[row], j]
+        up[moving, j], down[moving, j] = (np.where(codes[row, j] == end, np.inf, cost[moving, j]) for end in ends[::-1])
+    return codes
+
+
+def wqer(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+    """Codes for half of the columns that are left, greedily; ridge regression of the other half on their errors; and so on."""
+    left, codes, start, inputs = weight.copy(), np.empty(weight.shape), 0, weight.shape[2]
+    while start < inputs:
+        stop = start + max(1, (inputs - start) // 2)
+        half, rest = slice(start, stop), slice(stop, inputs)
+        own = grid[..., half]
+        codes[..., half] = greedy(left[..., half], gram[:, half, half], own, own.nearest(left[..., half]))
+        delta = own.floats(codes[..., half]) - left[..., half]
+        left[..., rest] -= np.linalg.solve(gram[:, rest, rest], gram[:, rest, half] @ delta.swapaxes(1, 2)).swapaxes(1, 2)
+        start = stop
+    return codes
+
+
+def round_weight(algorithm: str, weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+    """Codes by the algorithm of that name; `greedy` starts from what GPTQ found."""
+    weight = weight.astype(np.float64)
+    if algorithm == "rtn":
+        return grid.nearest(weight)
+    if algorithm == "wqer":
+        return wqer(weight, gram, grid)
+    codes = gptq(weight, gram, grid)
+    return greedy(weight, gram, grid, codes) if algorithm == "greedy" else codes

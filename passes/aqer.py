@@ -1,0 +1,63 @@
+"""aqer: refit the weights of layers to what quantized activations leave of their inputs.
+
+Layer by layer, each seeing what the refitted layers before it produce: ridge regression of the reference's output on the
+activations as they are now. How strongly it is held back is chosen for each layer on rows that the fit has not seen, and a
+layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794; METHODS.md M1).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from graphq import ir, linear
+from graphq.passes import _aqer_math as math
+from graphq.passes import _bias, _layer_rows, _placement
+from graphq.passes._layer_rows import Layer
+from graphq.pipeline import Pass, PassContext, pass_options
+
+
+@pass_options
+class Aqer(Pass):
+    """Makes float weights (and biases) make good what the quantization of activations costs. Comes before the weights are rounded.
+
+    Attributes:
+        alphas: Strengths of the ridge to choose from, in units of the mean square of an input.
+        samples: Calibration samples to use, 0 for all.
+        exclude: Patterns of node names (or operator types) that keep their weights.
+    """
+
+    name: ClassVar[str] = "aqer"
+    needs_data: ClassVar[bool] = True
+
+    alphas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = math.ALPHAS
+    samples: Annotated[int, Field(ge=0)] = 0
+    exclude: tuple[str, ...] = ()
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        _placement.require_matches(model, self.exclude)
+        nodes, twins = [], {node.name: node for node in ctx.reference.graph}
+        for node in _layer_rows.candidates(model):
+            reason = _layer_rows.refusal(model, node, self.exclude)
+            if reason is None and node.name not in twins:
+                reason = "the reference has no layer of that name"
+            if reason is None and _layer_rows.offset(node) is None:
+                reason = "its bias is not one constant for each output channel"
+            if reason is None:
+                nodes.append(node)
+            else:
+                ctx.skip(node, reason)
+        for step in ctx.sweep(nodes, self.samples or None):
+            node, layer = step.node, Layer(step.node)
+            train, held = _layer_rows.collect(step, twins[node.name], ctx.seed)
+            found = math.refit(train, held, self.alphas, with_bias=_bias.can_shift(node))
+            if found is None:
+                ctx.skip(node, "no refit lowers its error on rows that were held out")
+                continue
+            weight = (layer.weight() + found.delta).astype(np.float32)
+            ctx.edit.set_weight(node, linear.LINEAR_OPS[node.op_type].weight, layer.stored(weight))
+            if found.shift.any():
+                _bias.shift(ctx.edit, node, found.shift.reshape(-1))
+            ctx.measure(node.name or "", error_before=found.before, error_after=found.after, alpha=found.alpha)

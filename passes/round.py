@@ -1,0 +1,154 @@
+"""round: store weights as integers that are rounded for what their layer computes, not each weight for itself.
+
+Layer by layer, each seeing what the rounded layers before it produce. With `repair`, the weight is first refitted to the
+reference's output as `aqer` does, from the same sums, which also makes good what the layers before it lost. See `_round_math`
+for the algorithms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from graphq import ir, linear, precision, qdq
+from graphq.editor import Editor
+from graphq.errors import TargetError
+from graphq.passes import _aqer_math as aqer
+from graphq.passes import _bias, _layer_rows, _placement
+from graphq.passes import _round_math as math
+from graphq.passes._layer_rows import Layer
+from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.precision import Bits
+from graphq.quantizers import QParams
+from graphq.spec import Granularity, PerAxis, PerGroup, QuantSpec
+from graphq.sweep import SweepStep
+from graphq.targets import Target
+
+
+@pass_options
+class Round(Pass):
+    """Stores the weights of linear layers with few bits, rounded with calibration data; biases stay float.
+
+    Attributes:
+        bits: Width of a weight, unless its layer asks for another (see `graphq.precision`).
+        algorithm: Round to nearest, GPTQ (arXiv 2210.17323), Wqer (arXiv 2407.06794), or GPTQ improved by greedy steps.
+        group_size: One scale for so many consecutive inputs of a matrix; without, and for convolutions, one an output channel.
+        symmetric: Whether zero points are 0; by default only where the target takes no others.
+        scales: Whether a scale covers the whole range of its weights, or the part of it with the least squared error.
+        layers: Layers whose activation is quantized, or all.
+        exclude: Patterns of node names (or operator types) that stay float.
+        samples: Calibration samples to use, 0 for all.
+        repair: Whether to refit each weight before it is rounded.
+        correct_bias: Whether to take the mean error of each output channel out of the bias.
+    """
+
+    name: ClassVar[str] = "round"
+    needs_data: ClassVar[bool] = True
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    algorithm: Literal["rtn", "gptq", "wqer", "greedy"] = "greedy"
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    symmetric: bool | None = None
+    scales: Literal["min-max", "mse"] = "mse"
+    layers: Literal["quantized", "all"] = "quantized"
+    exclude: tuple[str, ...] = ()
+    samples: Annotated[int, Field(ge=0)] = 0
+    repair: bool = False
+    correct_bias: bool = True
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        if self.symmetric is False and target.symmetric_only:
+            raise TargetError(
+                f"{target.name} refuses zero points other than 0.", where=f"pass {self.name}, symmetric: false",
+                expected="symmetric: true, or none given",
+            )  # fmt: skip
+        for bits in [self.bits, *(self._bits(node) for node in _layer_rows.candidates(model))]:
+            if bits is not None:
+                self._spec(bits, target)
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        _placement.require_matches(model, self.exclude)
+        formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
+        opsets = [spec.opset for spec in formats if isinstance(spec, QuantSpec)]
+        if opsets:
+            ctx.edit.raise_opset(max(opsets))  # may replace nodes
+        specs = dict[ir.Node, QuantSpec]()
+        for node in _layer_rows.candidates(model):
+            spec = self._format(model, node, ctx.target)
+            if isinstance(spec, str):
+                ctx.skip(node, spec)
+            else:
+                specs[node] = spec
+        twins = {node.name: node for node in ctx.reference.graph}
+        for step in ctx.sweep(list(specs), self.samples or None):
+            self._round(step, specs[step.node], twins.get(step.node.name), ctx)
+        ctx.edit.prune()
+
+    def _bits(self, node: ir.Node) -> int | None:
+        return precision.asked(node, Bits(self.bits, None)).weight
+
+    def _spec(self, bits: int, target: Target) -> QuantSpec:
+        """The format of `bits`, with one scale for each of axis 0. Raises TargetError where the target does not store it."""
+        symmetric = target.symmetric_only if self.symmetric is None else self.symmetric
+        spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, granularity=PerAxis(0))
+        if spec.storage not in target.storage:
+            raise TargetError(
+                f"{target.name} does not take {spec.storage} weights.", where=f"pass {self.name}, {bits} bits",
+                expected=f"one of {', '.join(sorted(target.storage))}",
+            )  # fmt: skip
+        return spec
+
+    def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
+        """What the weight of `node` becomes, or why it stays float."""
+        bits, maker = self._bits(node), ir.producer(linear.data_of(node))
+        if reason := _layer_rows.refusal(model, node, self.exclude):
+            return reason
+        if bits is None:
+            return "a float weight was asked for it"
+        if self.layers == "quantized" and (maker is None or (maker.op_type != "DequantizeLinear" and maker.domain != ir.DOMAIN)):
+            return "its input is not quantized"
+        shape = ir.constant_shape(linear.weight_of(node))
+        is_grouped = self.group_size is not None and len(shape) == 2 and self.group_size < shape[linear.in_axis(node)]
+        return qdq.spec_for_weight(node, self._spec(bits, target), self.group_size if is_grouped else None)
+
+    def _round(self, step: SweepStep, spec: QuantSpec, twin: ir.Node | None, ctx: PassContext) -> None:
+        node, layer = step.node, Layer(step.node)
+        has_bias = _bias.can_shift(node)
+        if _layer_rows.offset(node) is None:
+            twin = None  # what a bias adds that is not known cannot be told from an error
+        train, held = _layer_rows.collect(step, twin, ctx.seed)
+        sums, weight, shift = train + held, layer.weight(), np.zeros(held.lack.shape)
+        numbers = {"bits": float(spec.bits)}
+        refit = aqer.refit(train, held, aqer.ALPHAS, with_bias=has_bias) if self.repair else None
+        if refit is not None:
+            sums, shift, numbers["alpha"] = sums.moved(refit.delta, refit.shift), refit.shift, refit.alpha
+            weight = (weight + refit.delta).astype(np.float32)
+        takes_mean = self.correct_bias and has_bias
+        gram = math.damped(sums.centred_gram if takes_mean else sums.gram)
+        spec_of_rows = replace(spec, granularity=_of_rows(spec.granularity))
+        qparams = math.fit(weight, spec_of_rows, np.einsum("gdd->gd", gram) if self.scales == "mse" else None)
+        grid = math.Grid.of(qparams, spec_of_rows, weight.shape)
+        codes = math.round_weight(self.algorithm, weight, gram, grid)
+        sums = sums.moved(grid.floats(codes) - weight)
+        if takes_mean:
+            mean = sums.lack / max(sums.count, 1)
+            sums, shift = sums.moved(np.zeros(codes.shape), mean), shift + mean
+        _store(ctx.edit, layer, spec, qparams, codes)
+        if shift.any():
+            _bias.shift(ctx.edit, node, shift.reshape(-1))
+        ctx.measure(node.name or "", sqnr_db=-10 * np.log10(max(sums.error, 1e-30)), **numbers)
+
+
+def _of_rows(granularity: Granularity) -> Granularity:
+    """`granularity` for the weight as rows [G * O, D]."""
+    return PerGroup(1, granularity.size) if isinstance(granularity, PerGroup) else PerAxis(0)
+
+
+def _store(edit: Editor, layer: Layer, spec: QuantSpec, qparams: QParams, codes: np.ndarray) -> None:
+    """Put `codes` [G, O, D] in the place of the layer's weight, with the qparams of its rows."""
+    if isinstance(spec.granularity, PerGroup):
+        qparams = QParams(layer.stored(qparams.scale[None]), layer.stored(qparams.zero_point[None]))
+    qdq.insert_weight(edit, layer.node, spec, qparams, layer.stored(codes).astype(np.int8 if spec.signed else np.uint8))
