@@ -79,6 +79,16 @@ MemoryBudget = Annotated[
 ]  # fmt: skip
 
 
+def parse_bits(text: str) -> tuple[int, ...]:
+    """`8,6,4`: widths from 4 to 8."""
+    if not re.fullmatch(r"[4-8](,[4-8])*", text.replace(" ", "")):
+        raise typer.BadParameter(f"{text!r} is no list of widths from 4 to 8. Write it as 8,6,4.")
+    return tuple(int(width) for width in text.split(","))
+
+
+Widths = Annotated[Any, typer.Option(metavar="N,N,...", parser=parse_bits, help="Widths to try; the first is the one in question.")]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.say(f"graphq {__version__}")
@@ -179,6 +189,52 @@ def compare(
     console.comparisons(found)
     if data is None:
         console.say("Note: these are RANDOM inputs; give --data for numbers that mean something.", style="bold yellow")
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    calib: Calib = None,
+    preprocess: Preprocess = None,
+    target: TargetName = "onnxruntime",
+    bits: Widths = "8,6,4",
+    samples: Annotated[int, typer.Option(min=1, help="Measure on at most so many samples.")] = 16,
+    write_recipe: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Write int8 with the worst layers left float.")] = None,
+    keep_float: Annotated[int | None, typer.Option(min=0, help="How many layers the recipe leaves float.")] = None,
+    min_sqnr: Annotated[float | None, typer.Option(help="Or: leave those float that alone take the outputs below so many dB.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what quantizing each layer of MODEL would cost."""
+    from graphq.sensitivity import keeping_float
+    from graphq.sensitivity import sensitivity as measure
+
+    _check_recipe_options(write_recipe, keep_float, min_sqnr)
+    with console.progress_bar() as progress:
+        found = measure(model, calib=calib, preprocess=preprocess, target=target, bits=bits, samples=samples, seed=seed, progress=progress)
+    if as_json:
+        _print_json(found)
+    else:
+        console.sensitivities(found)
+    if write_recipe is not None:
+        worst = found.layers[:keep_float] if min_sqnr is None else [layer for layer in found.layers if layer.output_db < min_sqnr]
+        if len(worst) == len(found.layers):
+            raise UsageError(
+                "Nothing would be quantized: every layer stays float.", where=str(write_recipe), expected="fewer layers to keep"
+            )
+        write_recipe.write_text(keeping_float([layer.name for layer in worst], target).to_yaml(), encoding="utf-8")
+        console.say(f"{write_recipe}: the recipe int8 with {len(worst)} layers left float", stderr=as_json)
+
+
+def _check_recipe_options(path: Path | None, keep_float: int | None, min_sqnr: float | None) -> None:
+    """Refuse before anything is measured what could not be written."""
+    given = [name for name, value in (("--keep-float", keep_float), ("--min-sqnr", min_sqnr)) if value is not None]
+    if len(given) != (path is not None):
+        raise UsageError("It is not clear which layers the recipe leaves float.", where=" ".join(given) or "--write-recipe",
+                         expected="--write-recipe with either --keep-float or --min-sqnr")  # fmt: skip
+    if path is not None and (path.suffix.lower() not in (".yaml", ".yml") or not path.absolute().parent.is_dir()):
+        raise UsageError("The recipe cannot be written there.", where=str(path), expected="a .yaml file in a folder that exists")
 
 
 @app.command()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphq.inspect import Inspection
     from graphq.kernels_used import KernelsUsed
     from graphq.report import OutputComparison, Report
+    from graphq.sensitivity import Sensitivity
 
 PLAIN_WIDTH = 140
 """Columns where there is no terminal."""
@@ -212,3 +213,23 @@ def _kernels(used: KernelsUsed) -> None:
     rows += [("conversion", one.op_type, one.original or one.name, one.note) for one in used.conversions]
     if rows:
         table(("not on integers", "operator", "node", ""), rows)
+
+
+def sensitivities(found: Sensitivity) -> None:
+    """What `graphq sensitivity` prints."""
+    first = found.bits[0]
+    say(f"{found.model} for {found.target}, measured on {found.data}", style="bold")
+    headings = ("outputs", *(f"{width} bits" for width in found.bits), "weight", "activation", "inherited", "total", "work", "weights")
+    right: tuple[Column, ...] = tuple((name, "right") for name in headings)
+    table(("layer", "operator", *right), [
+        (layer.name, layer.op_type, *(decibel(value) for value in (
+            layer.output_db, *(layer.both_db[width] for width in found.bits), layer.weight_db[first], layer.activation_db[first],
+            layer.inherited_db, layer.total_db,
+        )), share(layer.work), share(layer.size))
+        for layer in found.layers
+    ])  # fmt: skip
+    say(f"SQNR of the model's outputs with this layer alone in {first} bits, worst first; then of the layer's own output: alone, in "
+        f"{', '.join(map(str, found.bits))} bits, and one side of it in {first}; inherited, with all layers but this one in {first} bits; "
+        "total, with this one too.", style="dim")  # fmt: skip
+    if found.random:
+        say("Note: these are RANDOM inputs; give --calib for numbers that mean something.", style="bold yellow")
