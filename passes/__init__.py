@@ -16,4 +16,5 @@ CATALOG = {
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
     "cross-scale": "graphq.passes.cross_scale:CrossScale",
     "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
+    "prune": "graphq.passes.prune:Prune",
 }
