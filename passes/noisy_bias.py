@@ -33,6 +33,7 @@ class NoisyBias(Pass):
     """
 
     name: ClassVar[str] = "noisy-bias"
+    idle_is_fine: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
 
     min_gain_db: Annotated[float, Field(ge=0)] = 0.3
