@@ -268,6 +268,16 @@ def test_headroom_widens_the_range_and_moves_nothing_else() -> None:
     np.testing.assert_allclose(after, before, atol=0.02 * np.abs(before).max())  # zero points are rounded to other sides
 
 
+@pytest.mark.parametrize(("bits", "headroom"), [(4, 1.0), (6, 1.0), (7, 1.1), (8, 1.1)])
+def test_headroom_comes_with_the_bits(bits: int, headroom: float) -> None:
+    found = []
+    for options in ({}, {"headroom": headroom}):
+        ctx = context("gemm")
+        reparam(ctx, bits=bits, **options)
+        found.append(inner(ctx.model, "n", inputs()))
+    np.testing.assert_array_equal(*found)
+
+
 @SEEDS
 @TARGETS
 @pytest.mark.parametrize("bits", [4, 8])
