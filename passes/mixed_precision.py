@@ -54,7 +54,7 @@ class MixedPrecision(Pass):
     Attributes:
         weight_bits: Widths that weights may get; an empty list leaves them float.
         activation_bits: Widths that activations may get; an empty list leaves them float.
-        size: Bytes of the weights, as a part of what they take as float32.
+        size: Bytes of the weights as stored (3 bits take 4, and 5 to 7 take 8), as a part of what they take as float32.
         bops: Multiply-adds times the bits of both operands, as a part of the same with 32 bits.
         latency: Time of the layers, measured one by one on this machine, as a part of their time as float; layers may stay float.
         ranges: How an activation's range is found; the same as in `insert-qdq`.
@@ -170,7 +170,8 @@ class MixedPrecision(Pass):
         readers = Counter(linear.weight_of(node) for node in nodes)
         if self.size is not None:  # a weight that several nodes read is stored once
             float_cost = [math.prod(ir.constant_shape(linear.weight_of(node))) / readers[linear.weight_of(node)] for node in nodes]
-            part = [(bits.weight or 32) / 32 for bits in choices]
+            stored = [32 if bits.weight is None else replace(ctx.target.weight, bits=bits.weight).storage_bits for bits in choices]
+            part = [width / 32 for width in stored]
         else:
             float_cost = [linear.multiply_adds(node) for node in nodes]
             part = [(bits.weight or 32) * (bits.activation or 32) / 32**2 for bits in choices]

@@ -281,9 +281,14 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
         MixedPrecision(**options)
 
 
-def test_a_budget_out_of_reach_names_the_least() -> None:
-    with pytest.raises(RecipeError, match=r"size: 0\.1\n.*0\.125 or more"):
-        choose(chain(), size=0.1)
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [({"size": 0.1}, 0.125), ({"size": 0.2, "weight_bits": (6, 8)}, 0.25), ({"bops": 0.03, "weight_bits": (6, 8)}, 0.0469)],
+)
+def test_a_budget_out_of_reach_names_the_least(options: dict[str, Any], least: float) -> None:
+    """What counts for the size is how a width is stored."""
+    with pytest.raises(RecipeError, match=f"expected: {least} or more".replace(".", r"\.")):
+        choose(chain(), **options)
 
 
 @pytest.mark.parametrize(
