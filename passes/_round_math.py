@@ -17,7 +17,7 @@ from graphq.quantizers import QParams, Uniform, qparams_shape
 from graphq.spec import PerGroup, QuantSpec
 
 DAMPING = 0.01
-"""Added to the diagonal of C, in units of its mean."""
+"""Added to the diagonal of C at least, in units of its mean."""
 
 CLIPS = np.geomspace(1.0, 0.25, 30)
 """Shares of the min-max range that the search for a scale tries."""
@@ -79,10 +79,13 @@ def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = Non
     return quantizer.fit(*(end * share for end in ends))
 
 
-def damped(gram: np.ndarray, damping: float = DAMPING) -> np.ndarray:
-    """C with `damping` times its mean diagonal on the diagonal; the identity if nothing was seen."""
-    mean = float(np.einsum("gdd->gd", gram).mean())
-    return np.asarray(gram + (damping * mean if mean > 0 else 1.0) * np.eye(gram.shape[1]))
+def damped(gram: np.ndarray, count: int) -> np.ndarray:
+    """C of `count` rows with a share of its mean diagonal on the diagonal; the identity if nothing was seen.
+
+    The share is what so few rows get wrong, D / N (see METHODS.md M1 on N < D): without it, codes fit their noise.
+    """
+    mean, share = float(np.einsum("gdd->gd", gram).mean()), max(DAMPING, gram.shape[1] / max(count, 1))
+    return np.asarray(gram + (share * mean if mean > 0 else 1.0) * np.eye(gram.shape[1]))
 
 
 def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:

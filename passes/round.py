@@ -127,7 +127,7 @@ class Round(Pass):
             sums, shift, numbers["alpha"] = sums.moved(refit.delta, refit.shift), refit.shift, refit.alpha
             weight = (weight + refit.delta).astype(np.float32)
         takes_mean = self.correct_bias and has_bias
-        gram = math.damped(sums.centred_gram if takes_mean else sums.gram)
+        gram = math.damped(sums.centred_gram if takes_mean else sums.gram, sums.count)
         spec_of_rows = replace(spec, granularity=_of_rows(spec.granularity))
         qparams = math.fit(weight, spec_of_rows, np.einsum("gdd->gd", gram) if self.scales == "mse" else None)
         grid = math.Grid.of(qparams, spec_of_rows, weight.shape)

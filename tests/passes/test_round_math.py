@@ -27,7 +27,7 @@ def problem(seed: int, groups: int = 1, outputs: int = 20, inputs: int = 40, cou
     """X, W and the damped C."""
     x = np.stack([rows(seed + group, count, inputs) for group in range(groups)])
     weight = np.random.default_rng(seed).standard_t(5, (groups, outputs, inputs)).astype(np.float32)
-    return x, weight, math.damped(x.swapaxes(1, 2) @ x)
+    return x, weight, math.damped(x.swapaxes(1, 2) @ x, x.shape[1])
 
 
 def grid_of(weight: np.ndarray, bits: int = 4, symmetric: bool = False, size: int | None = None) -> Grid:
@@ -141,7 +141,7 @@ def test_greedy_never_raises_the_error_and_ends_where_no_step_helps(seed: int, m
     """P is `Σ (x δ)²` over the rows that C was made of, to 1e-10; it falls with every step that is allowed."""
     x, weight, _ = problem(seed)
     gram, grid, last = x.swapaxes(1, 2) @ x, grid_of(weight, 3), np.full((1, 20), np.inf)
-    for start in (grid.nearest(weight), math.gptq(weight.astype(np.float64), math.damped(gram), grid)):
+    for start in (grid.nearest(weight), math.gptq(weight.astype(np.float64), math.damped(gram, 400), grid)):
         for limit in (0, 1, 4):
             monkeypatch.setattr(math, "_STEPS", limit)
             codes = math.greedy(weight.astype(np.float64), gram, grid, start)
@@ -195,7 +195,7 @@ def test_groups_are_rounded_as_if_alone(algorithm: str) -> None:
         np.testing.assert_array_equal(codes[one], math.round_weight(algorithm, weight[one], gram[one], grid[one]))
 
 
-@pytest.mark.parametrize("damp", [math.damped, lambda gram: gram + 1e-3 * np.eye(40)])
+@pytest.mark.parametrize("damp", [lambda gram: math.damped(gram, 400), lambda gram: gram + 1e-3 * np.eye(40)])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_inputs_that_were_never_seen_are_rounded_to_nearest(algorithm: str, damp: Callable[[np.ndarray], np.ndarray]) -> None:
     x, weight, _ = problem(6)
