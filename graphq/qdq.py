@@ -19,6 +19,9 @@ from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
 INT32_LIMIT = float(1 << 30)
 """Largest magnitude of a bias code: half of the type, which leaves the accumulator as much room again."""
 
+_PART = "graphq.quantizer"
+"""Metadata of the nodes besides QuantizeLinear and DequantizeLinear that a quantizer is made of."""
+
 
 def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec, readers: Iterable[tuple[ir.Node, int]],
                 through: Sequence[ir.Node] = ()) -> ir.Value:  # fmt: skip
@@ -39,6 +42,7 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
         low, high = (edit.initializer(f"{name}_clip_{end}", np.asarray(step)) for end, step in zip(("low", "high"), steps, strict=True))
         source = edit.insert(anchor, "Clip", [source, low, high], output=f"{name}_clipped", like=start, after=after)
         anchor, after = source.producer(), True
+        edit.annotate(anchor, _PART, "clip")  # type: ignore[arg-type]
     codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
     codes.shape, codes.type = start.shape, ir.tensor_type(spec.storage)
     maker = codes.producer()
@@ -52,6 +56,19 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     for node, index in readers:
         edit.rewire(node, index, result)
     return result
+
+
+def before_quantizer(value: ir.Value | None) -> ir.Value | None:
+    """What a quantizer of graphq's reads if one makes `value`, by a QDQ pair or by a function; `value` itself otherwise."""
+    maker = ir.producer(value)
+    if maker is not None and maker.domain == ir.DOMAIN:
+        return maker.inputs[0]
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        maker = ir.producer(maker.inputs[0])
+    if maker is None or maker.op_type != "QuantizeLinear":
+        return value
+    clip = ir.producer(maker.inputs[0])
+    return clip.inputs[0] if clip is not None and clip.metadata_props.get(_PART) else maker.inputs[0]
 
 
 def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None, codes: np.ndarray | None = None) -> QParams:

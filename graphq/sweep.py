@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graphq import ir
+from graphq import ir, qdq
 from graphq.calibration import CalibrationSet
 from graphq.errors import ModelError
 from graphq.executor import BATCH, Executor, Fetch
@@ -31,10 +31,12 @@ class SweepStep:
     Attributes:
         node: The node in the current model.
         x_cur: What its first input is in the current model, one array per batch.
+        x_raw: The same before its quantizer; `x_cur` itself if it has none.
     """
 
     node: ir.Node
     x_cur: Batches
+    x_raw: Batches
     _current: _Walk
     _reference: _Walk
     _twin: ir.Node | None
@@ -48,7 +50,7 @@ class SweepStep:
         """
         if self._twin is None:
             raise ModelError("The reference model has no such node.", where=ir.describe(self.node))
-        return self._reference.advance([self._twin.outputs[0]])
+        return self._reference.advance([self._twin.outputs[0]])[0]
 
     def y_cur(self) -> Batches:
         """First output of the node as it is now, fed with `x_cur`: the node runs once more for it."""
@@ -68,8 +70,8 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
         current, float_walk = _Walk(model, feeds, store), _Walk(reference, feeds, store)
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
-            x_cur = current.advance(node.inputs)
-            yield SweepStep(node, x_cur, current, float_walk, namesakes.get(node.name))
+            x_cur, x_raw = current.advance([node.inputs[0], qdq.before_quantizer(node.inputs[0])], keep=node.inputs[1:])
+            yield SweepStep(node, x_cur, x_raw, current, float_walk, namesakes.get(node.name))
 
 
 class _Store:
@@ -104,9 +106,9 @@ class _Walk:
         self.inputs = {value: feeds[value.name or ""] for value in model.graph.inputs if value.name in feeds}
         self.live: dict[ir.Value, Batches] = dict(self.inputs)
 
-    def advance(self, values: Sequence[ir.Value | None]) -> Batches:
-        """Run what `values` depend on and has not run yet; returns the first of them. What nobody else will read is dropped."""
-        asked = [value for value in values if value is not None]
+    def advance(self, values: Sequence[ir.Value | None], keep: Sequence[ir.Value | None] = ()) -> list[Batches]:
+        """Run what `values` (returned) and `keep` depend on and has not run yet. What neither they nor anybody later need is dropped."""
+        asked = [value for value in (*values, *keep) if value is not None]
         due = self._due(asked)
         dynamic = self._dynamic(due)
         self.done.update(dynamic)
@@ -115,7 +117,7 @@ class _Walk:
             self.live.update(self._execute(due, wanted, self.store.put))
         for value in [value for value in self.live if value not in asked and value not in self.inputs and not self._is_read_later(value)]:
             self.store.drop(self.live.pop(value))
-        return self._arrays(asked[0])
+        return [self._arrays(value) for value in values if value is not None]
 
     def peek(self, value: ir.Value) -> Batches:
         """What `value` is now, without counting anything as run."""
@@ -166,7 +168,13 @@ class _Walk:
         return list(found)
 
     def _is_read_later(self, value: ir.Value) -> bool:
-        return any(self._outer(use.node) not in self.done for use in value.uses())
+        """Whether a node that has not run reads `value`, or its quantized form: stops may ask for what lies before a quantizer."""
+        for use in value.uses():
+            if self._outer(use.node) not in self.done:
+                return True
+            if use.node.op_type == "QuantizeLinear" and any(self._is_read_later(out.node.outputs[0]) for out in use.node.outputs[0].uses()):
+                return True
+        return False
 
     def _outer(self, node: ir.Node) -> ir.Node:
         """The node of the main graph that holds `node`, which may lie in a subgraph."""

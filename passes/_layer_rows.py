@@ -20,6 +20,9 @@ from graphq.sweep import SweepStep
 ROWS_PER_INPUT = 32
 """Rows to use for each of D inputs: least squares over N rows errs by a share of D / N more on rows that it has not seen."""
 
+MASSIVE = 10.0
+"""Rows whose output has so many times the median power, and more, count as if they had no more."""
+
 ROWS = 4096
 """Rows to use at least, where there are that many; and to hold at once."""
 
@@ -158,7 +161,7 @@ class Sums:
     """Sums over rows of X and of R: [G, N, O], which is what the layer's output lacks of what it should be.
 
     Attributes:
-        count: N.
+        count: N, or the sum of the rows' weights.
         gram: XᵀX, float64 [G, D, D].
         total: Σ x, float64 [G, D].
         cross: RᵀX, float64 [G, O, D].
@@ -167,7 +170,7 @@ class Sums:
         power: Σ y² over everything, of the output as it should be.
     """
 
-    count: int
+    count: float
     gram: np.ndarray
     total: np.ndarray
     cross: np.ndarray
@@ -182,10 +185,19 @@ class Sums:
 
     @classmethod
     def of(cls, x: np.ndarray, r: np.ndarray, y: np.ndarray) -> Sums:
-        """Of float32 rows, multiplied in float32: off by 4e-7 of `sqrt(g_ii g_jj)` at most, in less than half the time."""
+        """Of float32 rows, of which those with a massive output count less, as if theirs were `MASSIVE` times the median.
+
+        A few tokens with activations a thousand times those of all others would decide everything else (arXiv 2402.17762), and
+        normalizations level them later. Multiplied in float32: off by 4e-7 of `sqrt(g_ii g_jj)` at most, in less than half the time.
+        """
+        size = np.square(y).mean((0, 2), dtype=np.float64)
+        limit = MASSIVE * float(np.median(size))
+        unit = np.sqrt(limit / np.maximum(size, limit), where=size > 0, out=np.ones_like(size)).astype(np.float32)[:, None]
+        x, r, y = x * unit, r * unit, y * unit
         gram, cross = ((part.swapaxes(1, 2) @ x).astype(np.float64) for part in (x, r))
         square, power = (float(np.sum(part.astype(np.float64) ** 2)) for part in (r, y))
-        return cls(x.shape[1], gram, x.sum(1, dtype=np.float64), cross, r.sum(1, dtype=np.float64), square, power)
+        total, lack = ((part * unit).sum(1, dtype=np.float64) for part in (x, r))
+        return cls(float(np.sum(unit.astype(np.float64) ** 2)), gram, total, cross, lack, square, power)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -203,7 +215,7 @@ class Sums:
     @property
     def centred_gram(self) -> np.ndarray:
         """XᵀX with the mean of X taken out, for errors whose mean the bias takes."""
-        return self.gram - self.total[:, :, None] * self.total[:, None] / max(self.count, 1)
+        return self.gram - self.total[:, :, None] * self.total[:, None] / (self.count or 1)
 
     @property
     def error(self) -> float:
@@ -235,7 +247,7 @@ def collect(step: SweepStep, twin: ir.Node | None, seed: int) -> tuple[Sums, Sum
     """Sums over four fifths of the rows that are picked at a stop of the sweep, and over the rest.
 
     With `twin`, the stop's node in the reference, R is what the output lacks of the reference's (the node needs an `offset`);
-    without, R is 0.
+    without, R is what it lacks of what the layer makes of its input before that is quantized.
     """
     layer = Layer(step.node)
     weight, biases = layer.weight().swapaxes(1, 2), _biases(layer, twin)
@@ -251,7 +263,9 @@ def collect(step: SweepStep, twin: ir.Node | None, seed: int) -> tuple[Sums, Sum
             data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
             made = data @ weight
             if biases is None:
-                total += Sums.of(data, np.zeros_like(made), made)
+                raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
+                wanted = raw @ weight
+                total += Sums.of(data, wanted - made, wanted)
             else:
                 wanted = _gather(part, ends, lambda index, mine: layer.outputs(step.y_ref[index], mine)) + biases[0]
                 total += Sums.of(data, wanted - made - biases[1], wanted)

@@ -1,7 +1,7 @@
 """aqer: refit the weights of layers to what quantized activations leave of their inputs.
 
-Layer by layer, each seeing what the refitted layers before it produce: ridge regression of the reference's output on the
-activations as they are now. How strongly it is held back is chosen for each layer on rows that the fit has not seen, and a
+Layer by layer, each seeing what the refitted layers before it produce: ridge regression of what the layer makes of its input
+before that is quantized, on the quantized input. How strongly it is held back is chosen for each layer on rows that the fit has not seen, and a
 layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794; METHODS.md M1).
 """
 
@@ -38,20 +38,16 @@ class Aqer(Pass):
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         _placement.require_matches(model, self.exclude)
-        nodes, twins = [], {node.name: node for node in ctx.reference.graph}
+        nodes = []
         for node in _layer_rows.candidates(model):
             reason = _layer_rows.refusal(model, node, self.exclude)
-            if reason is None and node.name not in twins:
-                reason = "the reference has no layer of that name"
-            if reason is None and _layer_rows.offset(node) is None:
-                reason = "its bias is not one constant for each output channel"
             if reason is None:
                 nodes.append(node)
             else:
                 ctx.skip(node, reason)
         for step in ctx.sweep(nodes, self.samples or None):
             node, layer = step.node, Layer(step.node)
-            train, held = _layer_rows.collect(step, twins[node.name], ctx.seed)
+            train, held = _layer_rows.collect(step, None, ctx.seed)
             found = math.refit(train, held, self.alphas, with_bias=_bias.can_shift(node))
             if found is None:
                 ctx.skip(node, "no refit lowers its error on rows that were held out")

@@ -43,6 +43,7 @@ class Round(Pass):
         samples: Calibration samples to use, 0 for all.
         repair: Whether to refit each weight before it is rounded.
         correct_bias: Whether to take the mean error of each output channel out of the bias.
+        target: What a layer is to compute: what it makes of its own input before that is quantized, or the reference's output.
     """
 
     name: ClassVar[str] = "round"
@@ -58,6 +59,7 @@ class Round(Pass):
     samples: Annotated[int, Field(ge=0)] = 0
     repair: bool = False
     correct_bias: bool = True
+    target: Literal["own", "reference"] = "own"
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         if self.symmetric is False and target.symmetric_only:
@@ -84,7 +86,7 @@ class Round(Pass):
                 specs[node] = spec
         twins = {node.name: node for node in ctx.reference.graph}
         for step in ctx.sweep(list(specs), self.samples or None):
-            self._round(step, specs[step.node], twins.get(step.node.name), ctx)
+            self._round(step, specs[step.node], twins.get(step.node.name) if self.target == "reference" else None, ctx)
         ctx.edit.prune()
 
     def _bits(self, node: ir.Node) -> int | None:
@@ -134,7 +136,7 @@ class Round(Pass):
         codes = math.round_weight(self.algorithm, weight, gram, grid)
         sums = sums.moved(grid.floats(codes) - weight)
         if takes_mean:
-            mean = sums.lack / max(sums.count, 1)
+            mean = sums.lack / (sums.count or 1)
             sums, shift = sums.moved(np.zeros(codes.shape), mean), shift + mean
         _store(ctx.edit, layer, spec, qparams, codes)
         if shift.any():

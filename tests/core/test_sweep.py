@@ -299,3 +299,31 @@ m (float[n, 4] x) => (float[n, 4] y)
         else:
             np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
             np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_what_lies_before_a_quantizer_is_there_for_every_reader(bits: int) -> None:
+    """Also for a stop that comes after others have run, and without the Clip that widths of 6 bits have."""
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[N,4] x) => (float[N,4] y, float[N,4] z)
+        <float[4,4] w = {1,2,3,4, 5,6,7,8, 9,1,2,3, 4,5,6,7}> {
+            a = Neg(x)
+            [first] b = MatMul(a, w)
+            [middle] y = MatMul(b, w)
+            [last] z = MatMul(a, w)
+        }"""
+    )
+    reference, edit = ir.clone(model), Editor(model)
+    a = named(model, "first")[0].inputs[0]
+    assert a is not None
+    spec = QuantSpec(bits)
+    readers = [(node, 0) for node in named(model, "first", "last")]
+    qdq.insert_pair(edit, a, Uniform(spec).fit(-1.0, 1.0), spec, readers)
+    x = np.linspace(-3, 3, 40, dtype=np.float32).reshape(10, 4)
+    steps = dict[str | None, tuple[np.ndarray, np.ndarray]]()
+    for step in sweep.sweep(model, reference, named(model, "first", "middle", "last"), open_calibration({"x": x}, ir.inputs(model))):
+        steps[step.node.name] = (np.concatenate(step.x_cur), np.concatenate(step.x_raw))
+    for name in ("first", "last"):
+        np.testing.assert_array_equal(steps[name][1], -x)
+        assert np.abs(steps[name][0]).max() < 1.1
+    np.testing.assert_array_equal(*steps["middle"])

@@ -19,6 +19,13 @@ from graphq.sweep import SweepStep, sweep
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def all_rows_count_alike(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Except where massive outputs are what is tested."""
+    if "massive" not in request.node.name:
+        monkeypatch.setattr(_layer_rows, "MASSIVE", 1e12)
+
+
 def floats(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
@@ -219,3 +226,20 @@ def test_refusal_of_excluded_nodes_and_subgraphs() -> None:
     assert _layer_rows.refusal(model, outer, ()) is None
     assert _layer_rows.refusal(model, outer, ("o*",)) == _layer_rows.refusal(model, outer, ("MatMul",)) == "excluded by the recipe"
     assert _layer_rows.refusal(model, inner, ()) == "it lies in a subgraph"
+
+
+def test_rows_with_massive_outputs_count_as_if_they_were_large_ones() -> None:
+    rng = np.random.default_rng(0)
+    x, r, y = (rng.normal(size=(1, 200, width)).astype(np.float32) for width in (3, 2, 2))
+    plain = _layer_rows.Sums.of(x, r, y)
+    np.testing.assert_allclose(plain.gram[0], x[0].T @ x[0], rtol=1e-5)
+    for rows in (x, r, y):
+        rows[:, :2] *= 1000
+    massive = _layer_rows.Sums.of(x, r, y)
+    size = np.square(y[0]).mean(1)
+    limit = _layer_rows.MASSIVE * np.median(size)
+    weights = np.minimum(limit / size, 1)
+    np.testing.assert_allclose(massive.gram[0], (x[0] * weights[:, None]).T @ x[0], rtol=1e-4)
+    np.testing.assert_allclose(massive.lack[0], weights @ r[0], rtol=1e-4, atol=1e-4)
+    assert massive.power == pytest.approx(float((weights[:, None] * y[0] ** 2).sum()), rel=1e-4)
+    assert massive.count == pytest.approx(weights.sum(), rel=1e-5)
