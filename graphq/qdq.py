@@ -58,6 +58,11 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     return result
 
 
+def is_quantizer(node: ir.Node) -> bool:
+    """Whether `node` is a quantizer of activations, or one of the nodes that one is made of."""
+    return node.domain == ir.DOMAIN or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _PART in node.metadata_props
+
+
 def before_quantizer(value: ir.Value | None) -> ir.Value | None:
     """What a quantizer of graphq's reads if one makes `value`, by a QDQ pair or by a function; `value` itself otherwise."""
     maker = ir.producer(value)

@@ -169,12 +169,10 @@ class _Walk:
 
     def _is_read_later(self, value: ir.Value) -> bool:
         """Whether a node that has not run reads `value`, or its quantized form: stops may ask for what lies before a quantizer."""
-        for use in value.uses():
-            if self._outer(use.node) not in self.done:
-                return True
-            if use.node.op_type == "QuantizeLinear" and any(self._is_read_later(out.node.outputs[0]) for out in use.node.outputs[0].uses()):
-                return True
-        return False
+        return any(
+            self._outer(use.node) not in self.done or (qdq.is_quantizer(use.node) and self._is_read_later(use.node.outputs[0]))
+            for use in value.uses()
+        )
 
     def _outer(self, node: ir.Node) -> ir.Node:
         """The node of the main graph that holds `node`, which may lie in a subgraph."""

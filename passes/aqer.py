@@ -1,8 +1,8 @@
 """aqer: refit the weights of layers to what quantized activations leave of their inputs.
 
 Layer by layer, each seeing what the refitted layers before it produce: ridge regression of what the layer makes of its input
-before that is quantized, on the quantized input. How strongly it is held back is chosen for each layer on rows that the fit has not seen, and a
-layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794; METHODS.md M1).
+before that is quantized, on the quantized input. How strongly it is held back is chosen for each layer on rows that the fit has
+not seen, and a layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794; METHODS.md M1).
 """
 
 from __future__ import annotations
