@@ -65,18 +65,18 @@ class LogUniform:
         """Name of the ONNX type that holds a code: `int4` or `int8`."""
         return "int4" if self.bits <= 4 else "int8"
 
-    def fit(self, x: Array) -> LogParams:
+    def fit(self, x: Array, largest: float | None = None) -> LogParams:
         """The params of `sulq` with the least squared error on `x` (float32, not negative, any shape) among `SHIFTS`.
 
-        For each shift, the levels reach from the smallest to the largest of `x`.
+        For each shift, the levels reach from the smallest of `x` to `largest`, by default that of `x`.
         """
-        candidates = [self._spread(x, shift) for shift in SHIFTS]
+        ends = float(x.min()), float(x.max()) if largest is None else largest
+        candidates = [self._spread(*ends, shift) for shift in SHIFTS]
         errors = [self.error(x, params) for params in candidates]
         return candidates[int(np.argmin(errors))]
 
-    def _spread(self, x: Array, shift: float) -> LogParams:
-        low, high = (float(np.log(float(end) + shift)) for end in (x.min(initial=np.inf), x.max(initial=0.0)))
-        low = min(low, high)
+    def _spread(self, smallest: float, largest: float, shift: float) -> LogParams:
+        low, high = np.log(smallest + shift), np.log(largest + shift)
         scale = (high - low) / ((1 << self.bits) - 1) or 1.0
         return LogParams(np.float32(shift), np.float32(low - self.spec.qmin * scale), np.float32(scale))
 

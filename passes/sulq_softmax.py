@@ -17,6 +17,9 @@ from graphq.executor import BATCH, Executor, Fetch
 from graphq.log_quantizers import OCTAVE, LogParams, LogUniform
 from graphq.pipeline import Pass, PassContext, pass_options
 
+FINE = 5
+"""Bits from which `sulq` has a level for 1, the most that a softmax can return: finer levels gain less than clipping unseen data costs."""
+
 OPERATORS = {"sulq": "SULQ", "log2": "QuantizeLog2", "log-sqrt2": "QuantizeLogSqrt2"}
 
 _PASSING = frozenset({"Identity", "Dropout", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
@@ -124,7 +127,7 @@ class SulqSoftmax(Pass):
 
     def _fit(self, quantizer: LogUniform, x: np.ndarray) -> LogParams:
         if self.quantizer == "sulq":
-            return quantizer.fit(x)
+            return quantizer.fit(x, 1.0 if self.bits >= FINE else None)
         return quantizer.fit_octaves(float(x.max()), 1 if self.quantizer == "log2" else 2)
 
     def _insert(self, ctx: PassContext, softmax: ir.Value, quantizer: LogUniform, params: LogParams) -> ir.Value:

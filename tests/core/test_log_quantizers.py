@@ -99,6 +99,14 @@ def test_both_ends_of_the_range_are_levels_of_sulq(bits: int, seed: int) -> None
     np.testing.assert_allclose(quantizer.fake_quantize(ends, params), ends, atol=1e-6)
 
 
+@BITS
+def test_the_largest_level_can_be_set(bits: int) -> None:
+    x = weights(sharpness=0.5)
+    params = LogUniform(bits).fit(x, 1.0)
+    top = LogUniform(bits).dequantize(np.array([LogUniform(bits).spec.qmax], np.int8), params)
+    assert x.max() < 0.5 and top[0] == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_whole_exponents_are_powers_of_two_less_the_shift(bits: int) -> None:
     x = weights()

@@ -130,6 +130,19 @@ def test_the_context_is_better_than_with_uniform_weights(seed: int, bits: int) -
     assert record.measurements[0].numbers["sqnr_db"] == pytest.approx(sqnr(p, found), abs=1.0)
 
 
+@pytest.mark.parametrize(("bits", "highest"), [(3, "seen"), (4, "seen"), (5, "one"), (8, "one")])
+def test_fine_levels_reach_one(bits: int, highest: str) -> None:
+    """Unseen data may have a larger weight than calibration: where levels are many, there is one for it."""
+    data = feeds()
+    data["x"] *= 0.2
+    model, _ = quantize(data=data, bits=bits)
+    (node,) = calls(model)
+    quantizer, params = stated(node, "sulq", bits)
+    top = quantizer.dequantize(np.array([quantizer.spec.qmax], np.int8), params)
+    seen = Executor(model, [Fetch("p")]).run(data)[0].max()
+    assert seen < 0.5 and top[0] == pytest.approx(1.0 if highest == "one" else seen, abs=1e-5)
+
+
 def test_the_same_data_give_the_same_bytes() -> None:
     first, second = (ir.to_proto(quantize()[0]).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
