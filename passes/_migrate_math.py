@@ -1,11 +1,14 @@
-"""Moving scale from activations to weights: `X W = (X / k) (diag(k) W)` (SmoothQuant, arXiv 2211.10438; METHODS.md 4-4).
+"""Moving scale, and a shift, from activations to weights: `X W = ((X - c) / k) (diag(k) W) + c W` (METHODS.md 4-4).
 
-X: [N, D] rows of activations; W: [D, O]; k: [D], positive.
+X: [N, D] rows of activations; W: [D, O]; k: [D], positive; c: [D]. Rules for k: SmoothQuant (arXiv 2211.10438), and GPS, which
+balances the measured errors of both sides (PTQ4ARVG). The shift is that of SQ-b (MPTQ-ViT, arXiv 2401.14895).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,12 +20,60 @@ LIMIT = 100.0
 """No channel is scaled by more than this, either way: a channel that hardly moved in calibration may move later."""
 
 
-def factors(low: np.ndarray, high: np.ndarray, weights: Sequence[np.ndarray], alpha: float) -> np.ndarray:
-    """`k = max|X|^alpha / max|W|^(1 - alpha)` per channel, float32 of shape (D,), scaled to geometric mean 1."""
-    reach = np.maximum(np.maximum(-low, high), 1e-6)
-    weight = np.maximum(np.max([np.abs(one).max(1) for one in weights], 0), 1e-6)
-    k = reach**alpha / weight ** (1 - alpha)
-    return np.clip(k / np.exp(np.log(k).mean()), 1 / LIMIT, LIMIT).astype(np.float32)
+@dataclass(frozen=True)
+class Layer:
+    """What some layers read together, and their weights side by side.
+
+    Attributes:
+        x: Rows of the activation, float32 [N, D].
+        weight: float32 [D, O].
+        low, high: Range of each channel over all calibration data, float64 [D].
+        activation: Format of the activation, per tensor.
+        bits: Width of the weight, which has one symmetric scale an output.
+    """
+
+    x: np.ndarray
+    weight: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    activation: QuantSpec
+    bits: int = 8
+
+    def shifted(self, c: np.ndarray) -> Layer:
+        """The same with `c` [D] taken out of the activation."""
+        return Layer((self.x - c).astype(np.float32), self.weight, self.low - c, self.high - c, self.activation, self.bits)
+
+    @cached_property
+    def exact(self) -> np.ndarray:
+        """X W, float32 [N, O]."""
+        return np.asarray(self.x @ self.weight)
+
+    def noise(self, k: np.ndarray) -> float:
+        """Mean squared error of `Q(X / k) Q(diag(k) W)` against `X W`."""
+        moved = self.weight * k[:, None]
+        error = self._rounded(k) @ _round_weight(moved, self.bits) - self.exact
+        return float(np.mean(np.square(error), dtype=np.float64))
+
+    def smoothquant(self, alpha: float) -> np.ndarray:
+        """`k = max|X|^alpha / max|W|^(1 - alpha)`, float32 [D], of geometric mean 1."""
+        reach, weight = np.maximum(-self.low, self.high), np.abs(self.weight).max(1)
+        return _tamed(np.maximum(reach, 1e-6) ** alpha / np.maximum(weight, 1e-6) ** (1 - alpha))
+
+    def gps(self) -> np.ndarray:
+        """`k^4 = (sum x^2 * sum e_W^2) / (sum e_x^2 * sum W^2)` of each channel, float32 [D], of geometric mean 1.
+
+        The `e` are the rounding errors without migration. A channel whose activation is rounded badly compared to its weight
+        gets a small k, and so more levels.
+        """
+        one = np.ones(len(self.low), np.float32)
+        x_error, w_error = self._rounded(one) - self.x, _round_weight(self.weight, self.bits) - self.weight
+        squares = [np.maximum(np.square(part).sum(axis, dtype=np.float64), 1e-30)
+                   for part, axis in ((self.x, 0), (w_error, 1), (x_error, 0), (self.weight, 1))]  # fmt: skip
+        return _tamed((squares[0] * squares[1] / (squares[2] * squares[3])) ** 0.25)
+
+    def _rounded(self, k: np.ndarray) -> np.ndarray:
+        quantizer = Uniform(self.activation)
+        return quantizer.fake_quantize(self.x / k, quantizer.fit(*scaled_range(self.low, self.high, k)))
 
 
 def scaled_range(low: np.ndarray, high: np.ndarray, k: np.ndarray) -> tuple[float, float]:
@@ -30,23 +81,23 @@ def scaled_range(low: np.ndarray, high: np.ndarray, k: np.ndarray) -> tuple[floa
     return float(np.min(low / k)), float(np.max(high / k))
 
 
-def noise(x: np.ndarray, weight: np.ndarray, exact: np.ndarray, k: np.ndarray, low: np.ndarray, high: np.ndarray,
-          activation: QuantSpec) -> float:  # fmt: skip
-    """Mean squared error of `Q(X / k) Q(diag(k) W)` against `exact = X W`, on the rows `x`."""
-    quantizer, per_output = Uniform(activation), Uniform(QuantSpec(8, granularity=PerAxis(1)))
-    rounded = quantizer.fake_quantize(x / k, quantizer.fit(*scaled_range(low, high, k)))
-    moved = weight * k[:, None]
-    error = rounded @ per_output.fake_quantize(moved, per_output.fit_weight(moved)) - exact
-    return float(np.mean(np.square(error), dtype=np.float64))
+def best(layer: Layer, rule: str, alphas: Sequence[float]) -> tuple[np.ndarray, float]:
+    """The `k` with the least noise that `rule` offers, and that noise."""
+    candidates = [layer.gps()] if rule == "gps" else [layer.smoothquant(alpha) for alpha in alphas]
+    noises = [layer.noise(k) for k in candidates]
+    least = int(np.argmin(noises))
+    return candidates[least], noises[least]
 
 
-def search(
-    x: np.ndarray, weights: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray, activation: QuantSpec
-) -> tuple[np.ndarray, float]:
-    """The `k` with the least noise among `ALPHAS`, and what it gains over no migration, in dB (negative: none helps)."""
-    weight = np.concatenate(weights, axis=1)
-    candidates = [np.ones(low.shape, np.float32), *(factors(low, high, weights, alpha) for alpha in ALPHAS)]
-    exact = x @ weight
-    plain, *found = (noise(x, weight, exact, k, low, high, activation) for k in candidates)
-    best = int(np.argmin(found))
-    return candidates[1 + best], 10 * float(np.log10(max(plain, 1e-30) / max(found[best], 1e-30)))
+def decibel(before: float, after: float) -> float:
+    """What a fall of noise from `before` to `after` gains, in dB."""
+    return 10 * float(np.log10(max(before, 1e-30) / max(after, 1e-30)))
+
+
+def _tamed(k: np.ndarray) -> np.ndarray:
+    return np.clip(k / np.exp(np.log(k).mean()), 1 / LIMIT, LIMIT).astype(np.float32)
+
+
+def _round_weight(weight: np.ndarray, bits: int) -> np.ndarray:
+    quantizer = Uniform(QuantSpec(bits, granularity=PerAxis(1)))
+    return quantizer.fake_quantize(weight, quantizer.fit_weight(weight))

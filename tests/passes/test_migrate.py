@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -117,6 +117,27 @@ def test_a_gemm_with_a_transposed_weight() -> None:
     np.testing.assert_allclose(outputs(ctx.model, x)[0], before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
 
 
+NORMED_GEMM = """
+agraph (float[batch, 32] x) => (float[batch, 24] y) {
+  n = LayerNormalization<axis = -1>(x, gamma, beta)
+  y = Gemm<transB = 1>(n, w1, b)
+}"""
+
+
+@pytest.mark.parametrize("rule", ["smoothquant", "gps"])
+@pytest.mark.parametrize(("text", "expected"), [(NORMED_GEMM, ["LayerNormalization", "Gemm"]), (GEMM, ["Gelu", "Sub", "Mul", "Gemm"])])
+def test_a_shift_goes_into_the_normalization_or_costs_a_sub(text: str, expected: list[str], rule: Literal["smoothquant", "gps"]) -> None:
+    rng = np.random.default_rng(1)
+    weights = outlier_weights(3) | {"w1": rng.standard_normal((WIDTH, D)).astype(np.float32), "b": np.zeros(WIDTH, np.float32)}
+    weights["beta"] += 20 * weights["gamma"]
+    ctx = context(text, weights, (inputs(2, (64, D)) + 3 * np.arange(1, D + 1)).astype(np.float32))
+    x = inputs(4, (64, D)) + 3 * np.arange(1, D + 1, dtype=np.float32)
+    before = outputs(ctx.model, x)[0]
+    record = run_passes([Migrate(rule=rule, shift=True, min_gain_mul_db=0.5)], ctx, verify_graph)[0]
+    assert types(ctx) == expected and record.measurements[0].numbers["shifted"] == 1
+    np.testing.assert_allclose(outputs(ctx.model, x)[0], before, rtol=1e-4, atol=1e-5 * np.abs(before).max())
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("seed", range(3))
 def test_quantization_error_falls(seed: int, target: str) -> None:
@@ -172,23 +193,60 @@ def test_assumed_ranges_are_the_measured_ones() -> None:
     assert float(assumed["high"]) == pytest.approx(float(measured["high"]), rel=1e-5)
 
 
+def heavy_layer(seed: int, activation_bits: int = 8, weight_bits: int = 8, rows: int = 512) -> math.Layer:
+    """Correlated, heavy-tailed, off-centre channels of very different sizes."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((D, D)) / 3 + np.eye(D)
+    x = (rng.standard_t(5, (rows, D)) @ mix + rng.standard_normal(D)) * np.exp(1.2 * rng.standard_normal(D))
+    weight = (rng.standard_normal((D, 64)) * np.exp(0.3 * rng.standard_normal((D, 1)))).astype(np.float32)
+    x = x.astype(np.float32)
+    activation = QuantSpec(activation_bits, signed=False, symmetric=False)
+    return math.Layer(x, weight, x.min(0).astype(np.float64), x.max(0).astype(np.float64), activation, weight_bits)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_factors_are_the_formula(alpha: float) -> None:
-    rng = np.random.default_rng(0)
-    low, high = -rng.uniform(0.1, 5, D), rng.uniform(0.1, 5, D)
-    weight = rng.standard_normal((D, WIDTH)).astype(np.float32)
-    k = math.factors(low, high, [weight], alpha)
-    expected = np.maximum(-low, high) ** alpha / np.abs(weight).max(1) ** (1 - alpha)
+    layer = heavy_layer(0)
+    k = layer.smoothquant(alpha)
+    expected = np.maximum(-layer.low, layer.high) ** alpha / np.abs(layer.weight).max(1) ** (1 - alpha)
     np.testing.assert_allclose(k / k[0], expected / expected[0], rtol=1e-4)
     assert np.exp(np.log(k).mean()) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_search_reports_the_gain_it_measured() -> None:
-    rng = np.random.default_rng(0)
-    x = (rng.standard_normal((128, D)) * 10 ** rng.uniform(-1, 1, D)).astype(np.float32)
-    weight = rng.standard_normal((D, WIDTH)).astype(np.float32)
-    low, high = x.min(0).astype(float), x.max(0).astype(float)
-    k, gain = math.search(x, [weight], low, high, ACTIVATION)
-    plain, moved = (math.noise(x, weight, x @ weight, one, low, high, ACTIVATION) for one in (np.ones(D, np.float32), k))
-    assert gain == pytest.approx(10 * np.log10(plain / moved))
-    assert gain > 3
+def test_gps_balances_measured_errors() -> None:
+    layer = heavy_layer(0, 4, 4)
+    one = np.ones(D, np.float32)
+    assert layer.gps().shape == (D,) and layer.noise(layer.gps()) < layer.noise(one) / 2
+
+
+@pytest.mark.parametrize("rule", ["smoothquant", "gps"])
+@pytest.mark.parametrize("seed", range(3))
+def test_moving_scale_lowers_the_noise(seed: int, rule: str) -> None:
+    layer = heavy_layer(seed)
+    k, noise = math.best(layer, rule, math.ALPHAS)
+    assert noise == layer.noise(k)
+    assert math.decibel(layer.noise(np.ones(D, np.float32)), noise) > 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_exponent_depends_on_the_widths(seed: int) -> None:
+    """T5 of METHODS.md 8."""
+    alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def noises(activation_bits: int, weight_bits: int) -> list[float]:
+        layer = heavy_layer(seed, activation_bits, weight_bits)
+        return [layer.noise(layer.smoothquant(alpha)) for alpha in alphas]
+
+    for widths in ((8, 4), (8, 8)):
+        assert 0 < int(np.argmin(noises(*widths))) < len(alphas) - 1, widths
+    low, narrow_activation = noises(4, 4), noises(4, 8)
+    assert low[-1] < 1.5 * min(low), "full migration is near the best where both sides have 4 bits"
+    assert int(np.argmin(narrow_activation)) == len(alphas) - 1, "and the best where only activations have"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shift_helps_where_channels_lie_off_centre(seed: int) -> None:
+    layer = heavy_layer(seed, 4)
+    layer = layer.shifted(-4 * np.abs(layer.x).max(0))
+    middle = (layer.low + layer.high) / 2
+    assert math.best(layer.shifted(middle), "smoothquant", math.ALPHAS)[1] < math.best(layer, "smoothquant", math.ALPHAS)[1] / 2
