@@ -21,6 +21,9 @@ from graphq.spec import PerAxis, QuantSpec
 Weight = tuple[np.ndarray, int | None]
 """W, and the bits that it will be rounded to; None if it stays float."""
 
+TINY = 1e-30
+"""Least power of a row, and least error: neither is divided by zero."""
+
 FLOOR = 1e-3
 """No column counts as smaller than this share of the mean: one that hardly moved in calibration may move later."""
 
@@ -39,15 +42,20 @@ def fake_quantize(x: np.ndarray, k: np.ndarray, alpha: float, bits: int) -> np.n
 
 
 def noise(x: np.ndarray, rounded: np.ndarray, weights: Sequence[Weight], k: np.ndarray) -> float:
-    """Mean squared error of `rounded Q(diag(k) W)` against `X W`, summed over the weights; `rounded`: quantized X / k."""
+    """Error of `rounded Q(diag(k) W)` against `X W`, summed over the weights; `rounded`: quantized X / k.
+
+    Relative to each row's own output and then averaged, since every token counts: the squared error alone would be that of the
+    few tokens with massive activations.
+    """
     total = 0.0
     for weight, bits in weights:
         moved = weight * k[:, None]
         if bits is not None:
             quantizer = Uniform(QuantSpec(bits, granularity=PerAxis(1)))
             moved = quantizer.fake_quantize(moved, quantizer.fit_weight(moved))
-        error = rounded @ moved - x @ weight
-        total += float(np.mean(error.astype(np.float64) ** 2))
+        wanted = (x @ weight).astype(np.float64)
+        error = np.sum((rounded @ moved - wanted) ** 2, axis=1)
+        total += float(np.mean(error / np.maximum(np.sum(wanted**2, axis=1), TINY)))
     return total
 
 
@@ -66,4 +74,4 @@ def search(
         rounded = _dynamic_math.fake_quantize(x / k, bits) if scaled else fake_quantize(x / k, k, alpha, bits)
         found[alpha] = noise(x, rounded, weights, k)
     best = min(found, key=found.__getitem__)
-    return best, 10 * float(np.log10(max(plain, 1e-30) / max(found[best], 1e-30)))
+    return best, 10 * float(np.log10(max(plain, TINY) / max(found[best], TINY)))
