@@ -63,10 +63,11 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
     namesakes = {node.name: node for node in reference.graph}
     position = {node: index for index, node in enumerate(model.graph)}
     stops = sorted(nodes, key=position.__getitem__)
-    batches = list(calib.batches(BATCH))
     with tempfile.TemporaryDirectory(prefix="graphq-sweep-") as folder:
-        feeds = {name: [batch[name] for batch in batches] for name in batches[0]} if batches else {}
-        store = _Store(Path(folder), memory_budget)
+        store, feeds = _Store(Path(folder), memory_budget), dict[str, Batches]()
+        for batch in calib.batches(BATCH):
+            for name, array in batch.items():
+                feeds.setdefault(name, []).append(store.put(array))
         current, float_walk = _Walk(model, feeds, store), _Walk(reference, feeds, store)
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
@@ -167,10 +168,18 @@ class _Walk:
                 found[node] = None
         return list(found)
 
-    def _is_read_later(self, value: ir.Value) -> bool:
-        """Whether a node that has not run reads `value`, or its quantized form: stops may ask for what lies before a quantizer."""
+    def _is_read_later(self, value: ir.Value, inside: bool = False) -> bool:
+        """Whether a node that has not run reads `value`, or its quantized form: stops may ask for what lies before a quantizer.
+
+        Codes are no such thing (`inside` follows them from what lies before): ONNX Runtime does not hand out those of 4 bits.
+        """
         return any(
-            self._outer(use.node) not in self.done or (qdq.is_quantizer(use.node) and self._is_read_later(use.node.outputs[0]))
+            self._outer(use.node) not in self.done
+            or (
+                qdq.is_quantizer(use.node)
+                and (inside or use.node.op_type != "DequantizeLinear")
+                and self._is_read_later(use.node.outputs[0], inside=True)
+            )
             for use in value.uses()
         )
 

@@ -225,6 +225,14 @@ def test_batches_are_put_away_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all("put" in events[start:stop] for start, stop in zip(ran, [*ran[1:], len(events)], strict=True))
 
 
+def test_inputs_count_against_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = ir.from_onnx_text(BRANCHES)
+    (step,) = walk(model, ir.clone(model), ("first",), memory_budget=0)
+    assert all(isinstance(array, np.memmap) for array in step.x_cur)
+    np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
+
+
 def test_nothing_spills_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = ir.from_onnx_text(BRANCHES)
@@ -301,7 +309,7 @@ m (float[n, 4] x) => (float[n, 4] y)
             np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
 
 
-@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 def test_what_lies_before_a_quantizer_is_there_for_every_reader(bits: int) -> None:
     """Also for a stop that comes after others have run, and without the Clip that widths of 6 bits have."""
     model = ir.from_onnx_text(
@@ -325,5 +333,5 @@ def test_what_lies_before_a_quantizer_is_there_for_every_reader(bits: int) -> No
         steps[step.node.name] = (np.concatenate(step.x_cur), np.concatenate(step.x_raw))
     for name in ("first", "last"):
         np.testing.assert_array_equal(steps[name][1], -x)
-        assert np.abs(steps[name][0]).max() < 1.1
+        assert np.abs(steps[name][0]).max() < 1.2
     np.testing.assert_array_equal(*steps["middle"])
