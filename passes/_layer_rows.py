@@ -191,8 +191,9 @@ class Sums:
         normalizations level them later. Multiplied in float32: off by 4e-7 of `sqrt(g_ii g_jj)` at most, in less than half the time.
         """
         size = np.square(y).mean((0, 2), dtype=np.float64)
-        limit = MASSIVE * float(np.median(size))
-        unit = np.sqrt(limit / np.maximum(size, limit), where=size > 0, out=np.ones_like(size)).astype(np.float32)[:, None]
+        seen = size[size > 0]
+        limit = MASSIVE * float(np.median(seen)) if seen.size else 1.0
+        unit = np.sqrt(limit / np.maximum(size, limit)).astype(np.float32)[:, None]
         x, r, y = x * unit, r * unit, y * unit
         gram, cross = ((part.swapaxes(1, 2) @ x).astype(np.float64) for part in (x, r))
         square, power = (float(np.sum(part.astype(np.float64) ** 2)) for part in (r, y))

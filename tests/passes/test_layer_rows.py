@@ -243,3 +243,12 @@ def test_rows_with_massive_outputs_count_as_if_they_were_large_ones() -> None:
     np.testing.assert_allclose(massive.lack[0], weights @ r[0], rtol=1e-4, atol=1e-4)
     assert massive.power == pytest.approx(float((weights[:, None] * y[0] ** 2).sum()), rel=1e-4)
     assert massive.count == pytest.approx(weights.sum(), rel=1e-5)
+
+
+def test_rows_without_an_output_do_not_make_the_others_massive() -> None:
+    """More than half of them, as of a convolution over empty images."""
+    x, r, y = (RNG.standard_normal((1, 40, width)).astype(np.float32) for width in (3, 2, 2))
+    padded = [np.concatenate([rows, np.zeros((1, 60, rows.shape[2]), np.float32)], axis=1) for rows in (x, r, y)]
+    plain, with_zeros = Sums.of(x, r, y), Sums.of(*padded)
+    np.testing.assert_allclose(with_zeros.gram, plain.gram, rtol=1e-5, atol=1e-5)
+    assert with_zeros.count == pytest.approx(plain.count + 60) and plain.power == pytest.approx(with_zeros.power)
