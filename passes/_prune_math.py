@@ -12,17 +12,8 @@ import numpy as np
 
 Algorithm = Literal["magnitude", "wanda", "sparsegpt"]
 
-DAMPING = 0.01
-"""Added to the diagonal of C, in units of its mean, at least."""
-
 _BLOCK = 128  # Columns whose effect on the rest is applied at once, about.
 _ROUNDS, _ENOUGH = 100, 1e-6  # Of conjugate gradients, and the share of the squared residual that ends them: 5e-6 of P.
-
-
-def damped(gram: np.ndarray, count: int) -> np.ndarray:
-    """C of `count` rows with a share of its mean diagonal on the diagonal, D / N if rows are few; the identity if nothing was seen."""
-    mean, share = float(np.diagonal(gram).mean()), max(DAMPING, len(gram) / max(count, 1))
-    return np.asarray(gram + (share * mean if mean > 0 else 1.0) * np.eye(len(gram)))
 
 
 def prune(weight: np.ndarray, gram: np.ndarray, n: int, m: int, algorithm: Algorithm) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError
 from graphq.executor import Executor
 from graphq.passes import _prune_math as math
+from graphq.passes._round_math import damped
 from graphq.passes.normalize import Normalize
 from graphq.passes.prune import Prune
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -95,7 +96,7 @@ def layer(seed: int, inputs: int = 96, outputs: int = 64) -> tuple[np.ndarray, n
     x = rng.standard_t(4, (4000, inputs)) * 10 ** rng.uniform(-1, 1, inputs)
     x = x @ np.linalg.qr(rng.standard_normal((inputs, inputs)))[0] * 10 ** rng.uniform(-0.5, 0.5, inputs)
     gram = x[:2000].T @ x[:2000]
-    return rng.standard_t(5, (outputs, inputs)), math.damped(gram, 2000), x[2000:]
+    return rng.standard_t(5, (outputs, inputs)), damped(gram[None], 2000)[0], x[2000:]
 
 
 @pytest.mark.parametrize("seed", range(5))
