@@ -27,8 +27,9 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
                 through: Sequence[ir.Node] = ()) -> ir.Value:  # fmt: skip
     """Put one QDQ pair on `value` and let `readers` (node, input index) read its result, which is returned.
 
-    A width that ONNX does not store gets an explicit Clip before it (METHODS.md 1.2). `through` is a chain of nodes, the last
-    of which makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
+    A width that ONNX does not store gets an explicit Clip before it, and 8-bit codes (METHODS.md 1.2); so do 4 bits behind a Clip,
+    which ONNX Runtime 1.31 would merge into a QuantizeLinear of 8 bits only. `through` is a chain of nodes, the last of which
+    makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
     """
     start = through[0].inputs[0] if through else value
     assert start is not None
@@ -36,15 +37,18 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     if anchor is None or anchor.graph is not edit.model.graph:
         anchor, after = None, False
     name, source = value.name or "value", start
-    scale, zero = _qparam_values(edit, name, qparams, spec)
-    if spec.bits != spec.storage_bits:
+    stored = (
+        spec if spec.bits == spec.storage_bits and (spec.bits == 8 or anchor is None or anchor.op_type != "Clip") else replace(spec, bits=8)
+    )
+    scale, zero = _qparam_values(edit, name, qparams, stored)
+    if spec.bits != stored.bits:
         steps = np.array([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)], np.float32) * qparams.scale
         low, high = (edit.initializer(f"{name}_clip_{end}", np.asarray(step)) for end, step in zip(("low", "high"), steps, strict=True))
         source = edit.insert(anchor, "Clip", [source, low, high], output=f"{name}_clipped", like=start, after=after)
         anchor, after = source.producer(), True
         edit.annotate(anchor, _PART, "clip")  # type: ignore[arg-type]
     codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
-    codes.shape, codes.type = start.shape, ir.tensor_type(spec.storage)
+    codes.shape, codes.type = start.shape, ir.tensor_type(stored.storage)
     maker = codes.producer()
     if through:
         edit.rewire(through[0], 0, codes)

@@ -73,7 +73,7 @@ class InsertQdq(Pass):
         _placement.require_matches(model, self.exclude)
         if self.allow_no_effect:
             return
-        spec = replace(target.activation, bits=self.activation_bits)
+        spec = replace(target.activation, bits=4 if self.activation_bits == 4 else 8)
         if spec.storage not in target.activation_storage:
             raise TargetError(
                 f"{target.name} does not take {spec.storage} activations.", where=f"activation_bits: {self.activation_bits}",

@@ -27,12 +27,22 @@ REFUSALS = {
     "quantize-weights": "no weight to quantize|changed nothing",
     "equalize": "changed nothing",
     "migrate": "changed nothing",
+    "aqer": "changed nothing",
+    "cross-scale": "changed nothing",
+    "dynamic-activations": "changed nothing",
+    "ln-reparam": "changed nothing",
+    "mixed-precision": "changed nothing|no layer",
+    "prune": "changed nothing",
+    "round": "changed nothing",
+    "sulq-softmax": "changed nothing",
 }
 """Passes that find nothing to do behind insert-qdq and say so."""
 MODELS = {
     "mlp": "(float[N, 32] x) => (float[N, 16] y) { a = MatMul(x, w1) b = Add(a, b1) g = Gelu(b) c = MatMul(g, w2) y = Add(c, b2) }",
     "conv": "(float[N, 8, 8, 8] x) => (float[N, 8, 6, 6] y) { a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) r = Relu(a) y = Conv(r, w2, b2) }",
 }
+OPTIONS = {"mixed-precision": {"size": 0.25}}
+"""What passes need to be told."""
 each = pytest.mark.parametrize(("model", "target"), [(model, target) for model in MODELS for target in TARGETS])
 
 
@@ -57,7 +67,7 @@ def quality(model: str, target: str, *passes: str) -> float:
     data = open_calibration(feeds, ir.inputs(original))
     ctx = PassContext(model=ir.clone(original), reference=ir.clone(original), calib=data, held_out=data, target=get_target(target))
     leading = passes[: passes.index("insert-qdq")]
-    plan = [pass_class(name)(allow_no_effect=position < len(leading)) for position, name in enumerate(passes)]
+    plan = [pass_class(name)(allow_no_effect=position < len(leading), **OPTIONS.get(name, {})) for position, name in enumerate(passes)]
     run_passes(plan, ctx, verify_graph)
     require_legal(ctx.model, ctx.target)
     before, after = (Executor(one, threads=1).run(feeds)[0].astype(np.float64) for one in (original, ctx.model))

@@ -24,6 +24,20 @@ SHARES = {"int8": 0.27, "int8-weight-only": 0.27, "int4-weight-only": 0.17}
 """Bytes of the quantized weights with their scales, of what they were."""
 
 
+LOW_BIT = {
+    ("digits_vit", "w8a8-vit"): (1, 0.27),
+    ("digits_vit", "w6a6-vit"): (2, 0.27),
+    ("digits_vit", "w4a4-vit"): (15, 0.16),
+    ("digits_vit", "w3a4-vit"): (25, 0.16),
+    ("digits_vit", "w4a8"): (2, 0.16),
+    ("digits_cnn", "w4a8"): (2, 0.16),
+    ("digits_vit", "w4a16-gptq"): (2, 0.16),
+    ("digits_vit", "mixed"): (2, 0.20),
+    ("digits_cnn", "mixed"): (2, 0.20),
+}
+"""Points of accuracy that may be lost, and the share of the quantized weights' bytes, by model and recipe."""
+
+
 def recipe(name: str) -> Recipe:
     """Without the gate on speed: the networks are tiny and the machine may be busy."""
     found = load_recipe(name)
@@ -59,7 +73,21 @@ def accuracy(path: Path) -> float:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(SHARES) == set(builtin_recipes())
+    assert set(SHARES) | {name for _, name in LOW_BIT} == set(builtin_recipes())
+
+
+@pytest.mark.parametrize(("model", "name"), LOW_BIT)
+def test_low_bits(folder: Path, model: str, name: str) -> None:
+    found, out = converted(folder, model, name)
+    lost, share = LOW_BIT[model, name]
+    assert accuracy(onnx_path(model)) - accuracy(out) <= lost
+    assert 0 < found.weight_bytes_after <= share * found.weight_bytes_before
+    again = folder / "again.onnx"
+    convert(onnx_path(model), again, recipe=recipe(name), calib=folder / "calib.npz", evaluate=folder / "eval.npz")
+    results = [ir.load(path) for path in (out, again)]
+    for result in results:
+        result.metadata_props.clear()  # the report in there has times
+    assert len({ir.to_proto(result).SerializeToString(deterministic=True) for result in results}) == 1, "the same twice"
 
 
 @every

@@ -1,0 +1,161 @@
+"""Measure what low-bit recipes keep of a model's accuracy, with each ingredient switched on in turn, and print one table.
+
+    .venv/bin/python benchmarks/lowbit.py [--out benchmarks/results] [--only PATTERN] [--calib 256] [--extra]
+
+Rows of one model build on each other, from rounding to nearest to the recipe that ships. Calibration: 256 training-like images.
+Accuracy: top-1 on the 500 images of the dev split and, with --extra, on 744 training-like images that calibration has not seen
+(every model is better on those: read the differences). Models run as a user runs them, in ONNX Runtime; nothing here measures
+speed, since most of these widths are simulated on a CPU. Results: <out>/lowbit.md and lowbit.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import fnmatch
+import importlib
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import graphq
+from graphq.recipe import parse_recipe, recipe_text
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+VIT, MOBILENET = "vit_tiny_patch16_224", "mobilenet_v2_1.0_224"
+EXTRA = "imagenet_train_extra744"
+
+
+def transformer(weight: int, activation: int, *, reparam: bool = True, sulq: bool = True, ranges: str = "mse", **rounding: Any) -> str:
+    """A recipe as YAML; `rounding` are options of the pass `round`, `aqer: True` puts that pass before it."""
+    aqer = rounding.pop("aqer", False)
+    lines = ["normalize"]
+    lines += [f"ln-reparam: {{bits: {activation}}}"] * reparam + [f"sulq-softmax: {{bits: {activation}}}"] * sulq
+    lines.append(
+        f"insert-qdq: {{activation_bits: {activation}, weights: false, attention: true, ranges: {ranges}, tables: false, error_samples: 0}}"
+    )
+    lines += ["aqer"] * aqer
+    lines.append(f"round: {{bits: {weight}, {', '.join(f'{key}: {str(value).lower()}' for key, value in rounding.items())}}}")
+    return "passes:\n" + "".join(f"  - {line}\n" for line in lines)
+
+
+def convolution(**rounding: Any) -> str:
+    options = ", ".join(f"{key}: {str(value).lower()}" for key, value in rounding.items())
+    return f"passes:\n  - normalize\n  - insert-qdq: {{weights: false, error_samples: 0}}\n  - round: {{bits: 4, {options}}}\n"
+
+
+RTN = {"algorithm": "rtn", "scales": "min-max", "correct_bias": False}
+MSE = {"algorithm": "rtn", "correct_bias": False}
+ROWS: list[tuple[str, str, str, str]] = [  # (model, bits, what, recipe)
+    *[
+        (VIT, f"W{weight}A4", what, text)
+        for weight in (4, 3)
+        for what, text in (
+            ("rounding to nearest, min-max", transformer(weight, 4, reparam=False, sulq=False, ranges="min-max", **RTN)),
+            ("+ ranges of least squared error", transformer(weight, 4, reparam=False, sulq=False, **MSE)),
+            ("+ ln-reparam", transformer(weight, 4, sulq=False, **MSE)),
+            ("+ sulq-softmax", transformer(weight, 4, **MSE)),
+            ("+ bias correction", transformer(weight, 4, algorithm="rtn")),
+            ("+ aqer", transformer(weight, 4, aqer=True, algorithm="rtn")),
+            ("+ gptq", transformer(weight, 4, aqer=True, algorithm="gptq")),
+            ("gptq without aqer", transformer(weight, 4, algorithm="gptq")),
+            ("+ aqer, greedy rounding", transformer(weight, 4, aqer=True)),
+            (f"recipe w{weight}a4-vit", recipe_text(f"w{weight}a4-vit")),
+        )
+    ],
+    (VIT, "W6A6", "rounding to nearest, min-max", transformer(6, 6, reparam=False, sulq=False, ranges="min-max", **RTN)),
+    (VIT, "W6A6", "recipe w6a6-vit", recipe_text("w6a6-vit")),
+    (VIT, "W8A8", "recipe w8a8-vit", recipe_text("w8a8-vit")),
+    (VIT, "W8A8", "recipe int8", recipe_text("int8")),
+    (VIT, "W4A16", "recipe w4a16-gptq", recipe_text("w4a16-gptq")),
+    (VIT, "W4A8", "recipe w4a8", recipe_text("w4a8")),
+    (VIT, "mixed", "recipe mixed", recipe_text("mixed")),
+    (MOBILENET, "W4A8", "rounding to nearest, min-max", convolution(**RTN)),
+    (MOBILENET, "W4A8", "+ ranges of least squared error", convolution(**MSE)),
+    (MOBILENET, "W4A8", "+ bias correction", convolution(algorithm="rtn")),
+    (MOBILENET, "W4A8", "gptq", convolution(algorithm="gptq")),
+    (MOBILENET, "W4A8", "greedy rounding", convolution()),
+    (MOBILENET, "W4A8", "recipe w4a8", recipe_text("w4a8")),
+    (MOBILENET, "mixed", "recipe mixed", recipe_text("mixed")),
+    (MOBILENET, "W8A8", "recipe int8", recipe_text("int8")),
+    ("squeezenet1_1", "W4A8", "recipe w4a8", recipe_text("w4a8")),
+    ("squeezenet1_1", "W8A8", "recipe int8", recipe_text("int8")),
+]
+
+
+def measure(assets: Any, model: str, path: Path, extra: bool) -> dict[str, float]:
+    session = ort.InferenceSession(path)
+    found = {"dev": assets.top1(session, model)}
+    return found | {"extra": assets.top1(session, model, EXTRA)} if extra else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--only", default="*", help="pattern of '<model> <bits> <what>'")
+    parser.add_argument("--calib", type=int, default=256)
+    parser.add_argument("--extra", action="store_true")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ASSETS))
+    assets = importlib.import_module("assets")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model, bits, what, text in ROWS:
+            if not fnmatch.fnmatchcase(f"{model} {bits} {what}", arguments.only):
+                continue
+            source = ASSETS / "models" / f"{model}.onnx"
+            if not any(row["model"] == model for row in rows):
+                rows.append({"model": model, "bits": "float32", "what": ""} | measure(assets, model, source, arguments.extra))
+                print(rows[-1], flush=True)
+            out, calib = Path(folder) / "out.onnx", Path(folder) / f"{model}.npz"
+            if not calib.exists():
+                np.savez(calib, **assets.calibration(model, arguments.calib))
+            started = time.perf_counter()
+            report = graphq.convert(source, out, recipe=parse_recipe(text, "row"), calib=calib)
+            row = {"model": model, "bits": bits, "what": what, "seconds": time.perf_counter() - started}
+            row |= {"size": report.output.bytes / report.model.bytes, "sqnr_db": report.comparison[0].sqnr_db}
+            rows.append(row | measure(assets, model, out, arguments.extra))
+            print(rows[-1], flush=True)
+    write(rows, arguments)
+
+
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    columns = ["model", "bits", "what", "dev", *(["extra"] if arguments.extra else []), "sqnr_db", "size", "seconds"]
+    titles = {
+        "what": "ingredients",
+        "dev": "top-1 dev",
+        "extra": "top-1 extra",
+        "sqnr_db": "SQNR dB",
+        "size": "file size",
+        "seconds": "convert s",
+    }
+    digits = {"dev": ".1f", "extra": ".1f", "sqnr_db": ".1f", "size": ".3f", "seconds": ".0f"}
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        return "" if row.get(key) is None else format(row[key], digits.get(key, ""))
+
+    lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row, key) for key in columns) + " |" for row in rows]
+    head = [
+        "# Low-bit recipes, ingredient by ingredient", "",
+        f"`python benchmarks/lowbit.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
+        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images.", "",
+    ]  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "lowbit.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
+    with (arguments.out / "lowbit.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
