@@ -82,12 +82,10 @@ def test_low_bits(folder: Path, model: str, name: str) -> None:
     lost, share = LOW_BIT[model, name]
     assert accuracy(onnx_path(model)) - accuracy(out) <= lost
     assert 0 < found.weight_bytes_after <= share * found.weight_bytes_before
-    again = folder / "again.onnx"
+    again = folder / "again" / out.name
+    again.parent.mkdir(exist_ok=True)
     convert(onnx_path(model), again, recipe=recipe(name), calib=folder / "calib.npz", evaluate=folder / "eval.npz")
-    results = [ir.load(path) for path in (out, again)]
-    for result in results:
-        result.metadata_props.clear()  # the report in there has times
-    assert len({ir.to_proto(result).SerializeToString(deterministic=True) for result in results}) == 1, "the same twice"
+    assert again.read_bytes() == out.read_bytes()
 
 
 @every
