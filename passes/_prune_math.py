@@ -39,10 +39,9 @@ def largest(scores: np.ndarray, n: int, m: int) -> np.ndarray:
 def _sparsegpt(weight: np.ndarray, gram: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
     """Column by column, what a weight that goes has contributed is made up for by the columns that are left.
 
-    With U the upper Cholesky factor of C⁻¹, the weights of the largest `(w_j / U_jj)²` stay: each of a group is judged when its
-    turn comes.
+    With `C⁻¹ = Uᵀ U`, U upper triangular, the weights of the largest `(w_j / U_jj)²` of a group stay, judged when its turn comes.
     """
-    upper = np.linalg.cholesky(np.linalg.inv(gram)).T
+    upper = np.linalg.inv(np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1])
     left, mask = weight.astype(np.float64).T.copy(), np.empty(weight.T.shape, bool)  # [D, O]: a column lies together
     size = m * max(1, _BLOCK // m)
     for start in range(0, len(left), size):

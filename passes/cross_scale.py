@@ -21,9 +21,6 @@ from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
 from graphq.targets import Target
 
-WEIGHT_BITS = 8
-"""Width that errors count with for weights whose layer asks for none."""
-
 CROSS_QUANTIZE = """
 CrossQuantize (x, k, alpha, levels) => (y) {
   axis = Constant <value = int64[1] {-1}> ()
@@ -49,6 +46,7 @@ class CrossScale(Pass):
 
     Attributes:
         bits: Width of an activation, for layers that do not ask for another.
+        weight_bits: The same for weights, which are rounded later: few bits do not take factors well.
         alphas: Candidates for the token's share of a step, `t^alpha c^(1 - alpha)`, of which each layer gets the best; 1 would be one
             step a token.
         rows: What a token's share is found from: its row as `scaled` by the channels, which cannot clip and gives finer steps, or
@@ -61,6 +59,7 @@ class CrossScale(Pass):
     needs_data: ClassVar[bool] = True
 
     bits: Annotated[int, Field(ge=2, le=8)] = 8
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
     alphas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.15, 0.35, 0.5, 0.75)
     rows: Literal["scaled", "unscaled"] = "scaled"
     min_gain_db: Annotated[float, Field(ge=0)] = 0.5
@@ -80,7 +79,7 @@ class CrossScale(Pass):
         for (value, bits), nodes in layers.items():
             low, high = (stats[observers[value]][end] for end in ("low", "high"))
             c = np.maximum(-low, high)
-            weights = [(_scaling.matrix(node), precision.asked(node, Bits(WEIGHT_BITS, bits)).weight) for node in nodes]
+            weights = [(_scaling.matrix(node), precision.asked(node, Bits(self.weight_bits, bits)).weight) for node in nodes]
             alpha, gain = math.search(rows[value], weights, c, self.alphas, bits, scaled=self.rows == "scaled")
             ctx.measure(value.name or "", gain_db=gain, alpha=alpha if gain >= self.min_gain_db else 1.0)
             if gain < self.min_gain_db:

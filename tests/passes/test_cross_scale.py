@@ -291,6 +291,7 @@ def test_bits_that_layers_ask_for_count() -> None:
     assert np.asarray(ir.constant(calls(model)[0].inputs[1])).item() == 7
     gains = [quantize(proto, ask=Bits(bits, 8))[1].measurements[0].numbers["gain_db"] for bits in (2, 8)]
     assert gains[0] < gains[1] - 1
+    assert [quantize(proto, weight_bits=bits)[1].measurements[0].numbers["gain_db"] for bits in (2, 8)] == gains
     with pytest.raises(RecipeError, match="it asks for float activations"):
         quantize(proto, ask=Bits(8, None))
 
@@ -304,7 +305,17 @@ def test_excluded_layers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 1}, {"bits": 9}, {"alphas": ()}, {"alphas": (1.0,)}, {"alphas": (-0.1,)}, {"rows": "all"}, {"min_gain_db": -1}]
+    "options",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"weight_bits": 1},
+        {"alphas": ()},
+        {"alphas": (1.0,)},
+        {"alphas": (-0.1,)},
+        {"rows": "all"},
+        {"min_gain_db": -1},
+    ],
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
