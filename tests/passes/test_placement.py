@@ -216,7 +216,7 @@ def test_what_is_not_fused(body: str, outputs: str, whole: set[str]) -> None:
 BROKEN = {
     "constant operand": "[mid] m = Concat <axis = 1> (a, k) [next] y = Conv(m, v)",
     "two outputs": "[mid] m, i = MaxPool <kernel_shape = [1, 1]> (a) "
-                   "n = Cast <to = 1> (i) o = Concat <axis = 1> (m, n) [next] y = Conv(o, v)",
+    "n = Cast <to = 1> (i) o = Concat <axis = 1> (m, n) [next] y = Conv(o, v)",
     "float operand": "[mid] m = Concat <axis = 1> (a, x) [next] y = Conv(m, v)",
     "read by floats": "[mid] m = MaxPool <kernel_shape = [1, 1]> (a) y = Softmax(m)",
     "dynamic shape": "h = Shape(x) t = Identity(h) [mid] m = Reshape(a, t) o = Concat <axis = 1> (m, m) [next] y = Conv(o, v)",
