@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ WORTHWHILE = 1e-9
 
 @dataclass(frozen=True)
 class Refit:
-    """A change of the weight, `delta` [G, O, D], and of the bias, `shift` [G, O], with the held-out error before and after."""
+    """A change of the weight, `delta` [G, O, D], and of the bias, `shift` [G, O], with the held-out error without and with it."""
 
     delta: np.ndarray
     shift: np.ndarray
@@ -44,10 +44,27 @@ def ridge(sums: Sums, alpha: float, *, with_bias: bool) -> tuple[np.ndarray, np.
     return (found[..., :-1], found[..., -1]) if with_bias else (found, np.zeros(sums.lack.shape))
 
 
-def refit(train: Sums, held: Sums, alphas: Sequence[float], *, with_bias: bool) -> Refit | None:
-    """The ridge with the alpha that serves the held-out rows best, fitted to all rows; None if it does not help there."""
-    errors = {alpha: held.moved(*ridge(train, alpha, with_bias=with_bias)).error for alpha in alphas}
-    best = min(errors, key=errors.__getitem__)
-    if not errors[best] < held.error - WORTHWHILE:
+def refit(
+    weight: np.ndarray, train: Sums, held: Sums, alphas: Sequence[float], *, with_bias: bool, takes_mean: bool = False,
+    store: Callable[[np.ndarray], np.ndarray] = lambda weight: weight,
+) -> Refit | None:  # fmt: skip
+    """The ridge with the alpha that serves the held-out rows best, fitted to all rows; None if it does not help there.
+
+    Args:
+        weight: W, [G, O, D].
+        with_bias: Whether the bias is fitted too.
+        takes_mean: Whether it also gets what the output lacks in the mean, once the weight is stored.
+        store: What becomes of a weight [G, any number of outputs, D] that is stored. A refit makes weights larger, and with
+            them the steps that they are rounded to.
+    """
+    fits = [(np.zeros(weight.shape), np.zeros(train.lack.shape)), *(ridge(train, alpha, with_bias=with_bias) for alpha in alphas)]
+    stored = np.split(store(np.concatenate([weight + delta for delta, _ in fits], axis=1)), len(fits), axis=1)
+    errors = []
+    for made, (_, shift) in zip(stored, fits, strict=True):
+        mean = train.moved(made - weight, shift).mean_lack if takes_mean else 0.0
+        errors.append(held.moved(made - weight, shift + mean).error)
+    best = int(np.argmin(errors))
+    if not errors[best] < errors[0] - WORTHWHILE:
         return None
-    return Refit(*ridge(train + held, best, with_bias=with_bias), best, held.error, errors[best])
+    alpha = alphas[best - 1]
+    return Refit(*ridge(train + held, alpha, with_bias=with_bias), alpha, errors[0], errors[best])

@@ -219,6 +219,11 @@ class Sums:
         return self.gram - self.total[:, :, None] * self.total[:, None] / (self.count or 1)
 
     @property
+    def mean_lack(self) -> np.ndarray:
+        """What the output lacks in the mean, [G, O]; 0 of nothing."""
+        return self.lack / (self.count or 1)
+
+    @property
     def error(self) -> float:
         """Σ r² / Σ y²; 0 of nothing."""
         return self.square / max(self.power, 1e-30)

@@ -180,3 +180,23 @@ def round_weight(algorithm: str, weight: np.ndarray, gram: np.ndarray, grid: Gri
         return wqer(weight, gram, grid)
     codes = gptq(weight, gram, grid)
     return greedy(weight, gram, grid, codes) if algorithm == "greedy" else codes
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as it is stored: `codes` [G, O, D], the qparams of its rows, and the values that they stand for."""
+
+    codes: np.ndarray
+    qparams: QParams
+    weight: np.ndarray
+
+
+def rounded(weight: np.ndarray, gram: np.ndarray, spec: QuantSpec, algorithm: str, *, is_clipped: bool) -> Rounded:
+    """`weight` [G, O, D] in the format `spec` of its rows, for what C says of its inputs.
+
+    `is_clipped` searches for scales that clip; otherwise they cover the whole range.
+    """
+    qparams = fit(weight, spec, np.einsum("gdd->gd", gram) if is_clipped else None)
+    grid = Grid.of(qparams, spec, weight.shape)
+    codes = round_weight(algorithm, weight.astype(np.float32), gram, grid)
+    return Rounded(codes, qparams, grid.floats(codes))

@@ -48,7 +48,7 @@ class Aqer(Pass):
         for step in ctx.sweep(nodes, self.samples or None):
             node, layer = step.node, Layer(step.node)
             train, held = _layer_rows.collect(step, None, ctx.seed)
-            found = math.refit(train, held, self.alphas, with_bias=_bias.can_shift(node))
+            found = math.refit(layer.weight(), train, held, self.alphas, with_bias=_bias.can_shift(node))
             if found is None:
                 ctx.skip(node, "no refit lowers its error on rows that were held out")
                 continue

@@ -19,7 +19,8 @@ from graphq.errors import TargetError
 from graphq.passes import _aqer_math as aqer
 from graphq.passes import _bias, _layer_rows, _placement
 from graphq.passes import _round_math as math
-from graphq.passes._layer_rows import Layer
+from graphq.passes._layer_rows import Layer, Sums
+from graphq.passes._round_math import Rounded
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
 from graphq.quantizers import QParams
@@ -41,7 +42,7 @@ class Round(Pass):
         layers: Layers whose activation is quantized, or all.
         exclude: Patterns of node names (or operator types) that stay float.
         samples: Calibration samples to use, 0 for all.
-        repair: Whether to refit each weight before it is rounded.
+        repair: Whether to refit each weight before it is rounded, where that lowers the error after it.
         correct_bias: Whether to take the mean error of each output channel out of the bias.
         target: What a layer is to compute: what it makes of its own input before that is quantized, or the reference's output.
     """
@@ -122,26 +123,28 @@ class Round(Pass):
         if _layer_rows.offset(node) is None:
             twin = None  # what a bias adds that is not known cannot be told from an error
         train, held = _layer_rows.collect(step, twin, ctx.seed)
-        sums, weight, shift = train + held, layer.weight(), np.zeros(held.lack.shape)
-        numbers = {"bits": float(spec.bits)}
-        refit = aqer.refit(train, held, aqer.ALPHAS, with_bias=has_bias) if self.repair else None
-        if refit is not None:
-            sums, shift, numbers["alpha"] = sums.moved(refit.delta, refit.shift), refit.shift, refit.alpha
-            weight = (weight + refit.delta).astype(np.float32)
-        takes_mean = self.correct_bias and has_bias
-        gram = math.damped(sums.centred_gram if takes_mean else sums.gram, sums.count)
-        spec_of_rows = replace(spec, granularity=_of_rows(spec.granularity))
-        qparams = math.fit(weight, spec_of_rows, np.einsum("gdd->gd", gram) if self.scales == "mse" else None)
-        grid = math.Grid.of(qparams, spec_of_rows, weight.shape)
-        codes = math.round_weight(self.algorithm, weight, gram, grid)
-        sums = sums.moved(grid.floats(codes) - weight)
+        weight, shift, numbers = layer.weight(), np.zeros(held.lack.shape), {"bits": float(spec.bits)}
+        takes_mean, sums = self.correct_bias and has_bias, train + held
+        how = replace(spec, granularity=_of_rows(spec.granularity))
+        if self.repair:
+            found = aqer.refit(weight, train, held, aqer.ALPHAS, with_bias=has_bias, takes_mean=takes_mean,
+                               store=lambda weight: self._rounded(weight, train, how, takes_mean).weight)  # fmt: skip
+            if found is not None:
+                sums, shift, numbers["alpha"] = sums.moved(found.delta, found.shift), found.shift, found.alpha
+                weight = (weight + found.delta).astype(np.float32)
+        rounded = self._rounded(weight, sums, how, takes_mean)
+        sums = sums.moved(rounded.weight - weight)
         if takes_mean:
-            mean = sums.lack / (sums.count or 1)
-            sums, shift = sums.moved(np.zeros(codes.shape), mean), shift + mean
-        _store(ctx.edit, layer, spec, qparams, codes)
+            sums, shift = sums.moved(np.zeros(weight.shape), sums.mean_lack), shift + sums.mean_lack
+        _store(ctx.edit, layer, spec, rounded)
         if shift.any():
             _bias.shift(ctx.edit, node, shift.reshape(-1))
         ctx.measure(node.name or "", sqnr_db=-10 * np.log10(max(sums.error, 1e-30)), **numbers)
+
+    def _rounded(self, weight: np.ndarray, sums: Sums, spec: QuantSpec, takes_mean: bool) -> Rounded:
+        """`weight` [G, any number of outputs, D] for the rows that `sums` are of; `spec` speaks of its rows."""
+        gram = math.damped(sums.centred_gram if takes_mean else sums.gram, sums.count)
+        return math.rounded(weight, gram, spec, self.algorithm, is_clipped=self.scales == "mse")
 
 
 def _of_rows(granularity: Granularity) -> Granularity:
@@ -149,8 +152,9 @@ def _of_rows(granularity: Granularity) -> Granularity:
     return PerGroup(1, granularity.size) if isinstance(granularity, PerGroup) else PerAxis(0)
 
 
-def _store(edit: Editor, layer: Layer, spec: QuantSpec, qparams: QParams, codes: np.ndarray) -> None:
-    """Put `codes` [G, O, D] in the place of the layer's weight, with the qparams of its rows."""
+def _store(edit: Editor, layer: Layer, spec: QuantSpec, rounded: Rounded) -> None:
+    """Put codes [G, O, D] in the place of the layer's weight, with the qparams of its rows."""
+    qparams = rounded.qparams
     if isinstance(spec.granularity, PerGroup):
         qparams = QParams(layer.stored(qparams.scale[None]), layer.stored(qparams.zero_point[None]))
-    qdq.insert_weight(edit, layer.node, spec, qparams, layer.stored(codes).astype(np.int8 if spec.signed else np.uint8))
+    qdq.insert_weight(edit, layer.node, spec, qparams, layer.stored(rounded.codes).astype(np.int8 if spec.signed else np.uint8))

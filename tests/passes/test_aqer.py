@@ -140,18 +140,36 @@ def test_nothing_comes_of_nothing() -> None:
     for one in (zero, Sums.none(*total.cross.shape)):
         delta, shift = math.ridge(one, 0.1, with_bias=False)
         assert not delta.any() and not shift.any()
-        assert math.refit(total, one, math.ALPHAS, with_bias=True) is None
+        assert math.refit(np.ones(total.cross.shape), total, one, math.ALPHAS, with_bias=True) is None
 
 
 def test_the_alpha_is_the_one_that_serves_the_held_out_rows_best() -> None:
     """With fewer rows than inputs, a weak ridge fits noise: strong ones win, and what is reported is their error."""
     few, (many, _, _) = sums(0, rows=20)[0], sums(0, rows=4000)
+    weight = np.zeros(many.cross.shape)
     for train, strong in ((few, True), (many, False)):
-        found = math.refit(train, many, ALPHAS[1:], with_bias=True)
+        found = math.refit(weight, train, many, ALPHAS[1:], with_bias=True)
         assert found is not None and (found.alpha >= 0.1) == strong
         errors = {alpha: many.moved(*math.ridge(train, alpha, with_bias=True)).error for alpha in ALPHAS[1:]}
         assert found.after == errors[found.alpha] == min(errors.values()) < found.before == many.error
     np.testing.assert_array_equal(found.delta, math.ridge(many + many, found.alpha, with_bias=True)[0])
+
+
+def test_a_refit_is_judged_by_what_is_stored() -> None:
+    """Where storing makes all weights alike, no refit helps; where it overshoots, a stronger ridge is taken."""
+    train, (held, _, _) = sums(0)[0], sums(0, rows=4000)
+    weight = np.random.default_rng(0).standard_normal(train.cross.shape)
+    assert math.refit(weight, train, held, math.ALPHAS, with_bias=False, store=lambda rows: 0 * rows) is None
+    plain = math.refit(weight, train, held, math.ALPHAS, with_bias=True)
+    careful = math.refit(weight, train, held, math.ALPHAS, with_bias=True, store=lambda rows: 3 * rows - 2 * np.tile(weight, (1, 5, 1)))
+    assert plain is not None and careful is not None and careful.alpha > plain.alpha
+
+
+def test_the_mean_goes_into_the_bias_before_refits_are_compared() -> None:
+    """Then the error without one is that around the mean."""
+    train, (held, _, r) = sums(0)[0], sums(0, rows=4000)
+    found = math.refit(np.zeros(train.cross.shape), train, held, math.ALPHAS, with_bias=True, takes_mean=True)
+    assert found is not None and found.before == pytest.approx(np.sum((r - train.mean_lack[:, None]) ** 2) / held.power, rel=1e-3)
 
 
 # ---- the pass -------------------------------------------------------------------------------------------------------
