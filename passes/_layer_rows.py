@@ -188,17 +188,28 @@ class Sums:
         """Of float32 rows, of which those with a massive output count less, as if theirs were `MASSIVE` times the median.
 
         A few tokens with activations a thousand times those of all others would decide everything else (arXiv 2402.17762), and
-        normalizations level them later. Multiplied in float32: off by 4e-7 of `sqrt(g_ii g_jj)` at most, in less than half the time.
+        normalizations level them later. Multiplied in float32, in less than half the time, around the means of the rows, which may
+        be far larger than what varies: off by 4e-7 of `sqrt(c_ii c_jj)`, C = `centred_gram`, at most.
         """
         size = np.square(y).mean((0, 2), dtype=np.float64)
         seen = size[size > 0]
         limit = MASSIVE * float(np.median(seen)) if seen.size else 1.0
         unit = np.sqrt(limit / np.maximum(size, limit)).astype(np.float32)[:, None]
-        x, r, y = x * unit, r * unit, y * unit
-        gram, cross = ((part.swapaxes(1, 2) @ x).astype(np.float64) for part in (x, r))
-        square, power = (float(np.sum(part.astype(np.float64) ** 2)) for part in (r, y))
-        total, lack = ((part * unit).sum(1, dtype=np.float64) for part in (x, r))
-        return cls(float(np.sum(unit.astype(np.float64) ** 2)), gram, total, cross, lack, square, power)
+        count = float(np.sum(unit.astype(np.float64) ** 2))
+        x_mean, r_mean = ((part * unit**2).sum(1, dtype=np.float64).astype(np.float32) / np.float32(count) for part in (x, r))
+        x, r, y = (x - x_mean[:, None]) * unit, (r - r_mean[:, None]) * unit, y * unit
+        x_rest, r_rest = ((part * unit).sum(1, dtype=np.float64) for part in (x, r))
+        x_mean, r_mean = x_mean.astype(np.float64), r_mean.astype(np.float64)
+
+        def product(left: np.ndarray, mean: np.ndarray, rest: np.ndarray) -> np.ndarray:
+            """Σ (left + mean)ᵀ(x + x_mean)."""
+            around = (left.swapaxes(1, 2) @ x).astype(np.float64)
+            return around + _outer(mean, x_rest + count * x_mean) + _outer(rest, x_mean)
+
+        square = sum(float(np.sum(part)) for part in (r.astype(np.float64) ** 2, r_mean * (2 * r_rest + count * r_mean)))
+        power = float(np.sum(y.astype(np.float64) ** 2))
+        total, lack = x_rest + count * x_mean, r_rest + count * r_mean
+        return cls(count, product(x, x_mean, x_rest), total, product(r, r_mean, r_rest), lack, square, power)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -216,7 +227,7 @@ class Sums:
     @property
     def centred_gram(self) -> np.ndarray:
         """XᵀX with the mean of X taken out, for errors whose mean the bias takes."""
-        return self.gram - self.total[:, :, None] * self.total[:, None] / (self.count or 1)
+        return self.gram - _outer(self.total, self.total) / (self.count or 1)
 
     @property
     def mean_lack(self) -> np.ndarray:
@@ -227,6 +238,11 @@ class Sums:
     def error(self) -> float:
         """Σ r² / Σ y²; 0 of nothing."""
         return self.square / max(self.power, 1e-30)
+
+
+def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[G, O] and [G, D] as [G, O, D]."""
+    return left[:, :, None] * right[:, None]
 
 
 def offset(node: ir.Node) -> np.ndarray | None:

@@ -167,6 +167,15 @@ def test_products_in_float32_are_good_enough() -> None:
     assert (np.abs(sums.gram - gram) / (scale[:, :, None] * scale[:, None])).max() < 1e-6
 
 
+def test_means_that_dwarf_what_varies_do_not_spoil_it() -> None:
+    """As behind a LayerNorm with large biases: what is left around the mean is still a sum of squares."""
+    x = (RNG.standard_normal((1, 4096, 64)) + 3000 * RNG.standard_normal(64)).astype(np.float32)
+    sums, around = Sums.of(x, x[..., :2], x), x - x.mean(1, keepdims=True, dtype=np.float64)
+    np.testing.assert_allclose(sums.centred_gram, around.swapaxes(1, 2) @ around, atol=0.1)
+    np.testing.assert_allclose(sums.cross - sums.lack[..., None] * sums.total[:, None] / sums.count, sums.centred_gram[:, :2], atol=0.1)
+    np.linalg.cholesky(sums.centred_gram)
+
+
 def test_rows_are_held_out_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of one side seldom has a neighbour on the other, and no row is on both."""
     step, twin, x, _ = stop("MatMul", samples=100)
