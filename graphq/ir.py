@@ -70,7 +70,11 @@ def load(path: str | os.PathLike[str]) -> Model:
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
-    for node in all_nodes(model):  # constants in attributes are few and small: they are read at once
+    for node in all_nodes(model):
+        given = [value is not None for value in node.inputs]
+        if given and not given[-1]:  # ONNX Runtime 1.31 crashes on a LayerNormalization whose last input is left out in this form
+            node.resize_inputs(max((index + 1 for index, one in enumerate(given) if one), default=0))
+        # Constants in attributes are few and small: they are read at once.
         for name, entry in list(node.attributes.items()):
             if entry.type == onnx_ir.AttributeType.TENSOR and isinstance(entry.value, onnx_ir.ExternalTensor):
                 node.attributes[name] = make_attribute(name, _inline(entry.value))

@@ -288,6 +288,19 @@ nested (float[2] x, bool c) => (float[2] y)
     assert {value.name for value in ir.reads(model.graph[0])} == {"c", "trips", "x"}
 
 
+def test_inputs_that_are_left_out_at_the_end_are_not_there(tmp_path: Path) -> None:
+    """Both forms mean the same; ONNX Runtime crashes on this one. One in the middle stays."""
+    nodes = [helper.make_node("LayerNormalization", ["x", "g", ""], ["a"]), helper.make_node("Clip", ["a", "", "high"], ["y"])]
+    constants = [numpy_helper.from_array(np.ones(4, np.float32), "g"), numpy_helper.from_array(np.float32(1), "high")]
+    sides = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", sides[:1], sides[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    model = ir.load(tmp_path / "m.onnx")
+    assert [len(node.inputs) for node in model.graph] == [2, 3]
+    (y,) = Executor(model).run({"x": np.arange(8, dtype=np.float32).reshape(2, 4)})
+    np.testing.assert_allclose(y[0], [-1.34164, -0.44721, 0.44721, 1], atol=1e-4)
+
+
 def test_constant() -> None:
     model = ir.from_onnx_text(f"""{HEAD}
 m (float[2] x) => (float[2] y)
