@@ -49,10 +49,9 @@ def load_graphq(target: str = "onnxruntime") -> Convert:
     import onnxscript.version_converter  # noqa: F401
 
     import graphq  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import graphq.convert
-    import graphq.passes.insert_qdq
-    import graphq.passes.migrate
-    import graphq.passes.normalize
+    from graphq.convert import convert as _
+
+    graphq.load_recipe("int8")  # which imports its passes
 
     def convert(model: str, out: str, calib: str) -> str:
         graphq.convert(model, out, recipe="int8", calib=calib, target=target)

@@ -70,14 +70,16 @@ def load(path: str | os.PathLike[str]) -> Model:
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        if isinstance(value.const_value, onnx_ir.TensorProtoTensor):
+            value.const_value = _in_memory(value.const_value)
     for node in all_nodes(model):
         given = [value is not None for value in node.inputs]
         if given and not given[-1]:  # ONNX Runtime 1.31 crashes on a LayerNormalization whose last input is left out in this form
             node.resize_inputs(max((index + 1 for index, one in enumerate(given) if one), default=0))
-        # Constants in attributes are few and small: they are read at once.
-        for name, entry in list(node.attributes.items()):
-            if entry.type == onnx_ir.AttributeType.TENSOR and isinstance(entry.value, onnx_ir.ExternalTensor):
-                node.attributes[name] = make_attribute(name, _inline(entry.value))
+        for name, entry in list(node.attributes.items()):  # constants in attributes are few and small
+            if entry.type == onnx_ir.AttributeType.TENSOR and not entry.is_ref():
+                node.attributes[name] = make_attribute(name, _in_memory(entry.value))
     return model
 
 
@@ -126,7 +128,7 @@ def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
                     arrays[name], value.const_value = tensor.numpy(), _hollow(tensor, name)
                 elif isinstance(tensor, onnx_ir.ExternalTensor):
                     replaced.append((value, tensor))
-                    value.const_value = _inline(tensor)
+                    value.const_value = _in_memory(tensor)
         return to_proto(model), arrays
     finally:
         for value, tensor in replaced:
@@ -137,9 +139,11 @@ def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
     return tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8
 
 
-def _inline(tensor: Any) -> Any:
-    """The tensor in memory, if it lies in a file."""
-    return onnx_ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name) if isinstance(tensor, onnx_ir.ExternalTensor) else tensor
+def _in_memory(tensor: Any) -> Any:
+    """The tensor as an array of its own: one in a file would be read, and one in a protobuf copied, whenever somebody looks at it."""
+    if isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.TensorProtoTensor):
+        return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+    return tensor
 
 
 def _hollow(tensor: Any, name: str) -> onnx_ir.ExternalTensor:
@@ -162,7 +166,7 @@ def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dt
         if value.is_initializer() and tensor is not None:
             if _is_heavy(tensor):
                 arrays[name], tensor = tensor.numpy(), _hollow(tensor, name)
-            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor if name in arrays else _inline(tensor)))
+            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor if name in arrays else _in_memory(tensor)))
             graph.initializer[-1].name = name
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name])), None))

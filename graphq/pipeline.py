@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import GraphqError, RecipeError
-from graphq.executor import BATCH, Executor, Fetch, sample_step
+from graphq.executor import BATCH, THREADS, Executor, Feeds, Fetch, run_ahead, sample_size, sample_step
 from graphq.observers import Observer, Stat
 from graphq.recipe import changed_options
 from graphq.targets import Target
@@ -132,6 +133,9 @@ class PassContext:
         return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
 
 
+WHOLE = 1 << 23
+"""Elements of whole tensors that are taken out of a session at once, about."""
+
 SAMPLED_BATCHES = 8
 """Batches, spread over the calibration set, from which a large tensor is subsampled: about 130,000 elements of it."""
 
@@ -145,19 +149,21 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     fetches = list(dict.fromkeys(Fetch(tap.value, tap.view) for observer in observers for tap in observer.taps))
     values = ir.values_by_name(model.graph)
     cheap = [fetch for fetch in fetches if fetch.view != "sample" or sample_step(ir.shape_of(values.get(fetch.value))) == 1]
-    executor = Executor(model, fetches)
-    size = BATCH // 2 if any(fetch.view == "whole" for fetch in fetches) else BATCH  # whole tensors take as much memory again
+    whole = sum(sample_size(ir.shape_of(values.get(fetch.value))) for fetch in fetches if fetch.view == "whole")
+    size = min(BATCH, max(1, WHOLE // whole)) if whole else BATCH
     every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
-    between = Executor(model, cheap) if every > 1 else executor
-    stats = {observer: observer.init() for observer in observers}
-    done = 0
-    for index, batch in enumerate(data.batches(size)):
+    executor = Executor(model, fetches, threads=THREADS)
+    between = Executor(model, cheap, threads=THREADS) if every > 1 else executor
+
+    def run(index: int, batch: Feeds) -> dict[Fetch, np.ndarray]:
         chosen = between if index % every else executor
-        arrays = dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
+        return dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
+
+    stats = {observer: observer.init() for observer in observers}
+    for index, arrays in enumerate(run_ahead(partial(run, *entry) for entry in enumerate(data.batches(size)))):
         for observer in observers:
             stats[observer] = observer.update(stats[observer], *(arrays[Fetch(tap.value, tap.view)] for tap in observer.taps))
-        done += len(next(iter(batch.values())))
-        progress("calibrate", done, len(data))
+        progress("calibrate", min((index + 1) * size, len(data)), len(data))
     return stats
 
 
