@@ -150,7 +150,7 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     values = ir.values_by_name(model.graph)
     cheap = [fetch for fetch in fetches if fetch.view != "sample" or sample_step(ir.shape_of(values.get(fetch.value))) == 1]
     whole = sum(sample_size(ir.shape_of(values.get(fetch.value))) for fetch in fetches if fetch.view == "whole")
-    size = min(BATCH, max(1, WHOLE // whole)) if whole else BATCH
+    size = data.fixed_batch or (min(BATCH, max(1, WHOLE // whole)) if whole else BATCH)
     every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
     executor = Executor(model, fetches, threads=THREADS)
     between = Executor(model, cheap, threads=THREADS) if every > 1 else executor

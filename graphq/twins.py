@@ -8,16 +8,16 @@ whole model, whatever the number of layers and of widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir, linear, qdq
+from graphq import ir, linear, massive, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import ModelError
-from graphq.executor import BATCH, Executor, Feeds, Fetch
+from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch
 from graphq.pipeline import Progress, no_progress
 from graphq.quantizers import QParams
 from graphq.spec import QuantSpec
@@ -48,8 +48,8 @@ class LayerError:
     """How far a layer's output is from that of the float layer.
 
     Attributes:
-        noise: Sum of the squared differences over all samples.
-        power: Sum of the squares of the float output.
+        noise: Sum of the squared differences over all samples; rows with massive activations count less (see `graphq.massive`).
+        power: Sum of the squares of the float output, in the same way.
         shift: Mean difference of each output channel, float64 of shape (channels,); None if the output's rank is unknown, or 1.
         rows: Positions that the mean was taken over.
     """
@@ -157,7 +157,10 @@ class _Disturbed:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Names of the reductions behind one `LayerError`; `shift` is empty where there is none."""
+    """Names of the reductions behind one `LayerError`: sums over channels, or (of convolutions) over everything.
+
+    `shift` is empty where there is none.
+    """
 
     noise: str
     power: str
@@ -240,11 +243,12 @@ class _Probe:
 
     def sum_up(self, error: ir.Value, plain: ir.Value) -> None:
         """Take the sums that make a `LayerError` of `error`, the difference from `plain`."""
-        rank, shift = None if plain.shape is None else len(plain.shape), ""
+        rank, shift, along = None if plain.shape is None else len(plain.shape), "", None
         if rank is not None and rank > 1:
             channel = linear.channel_axis(plain.producer()) % rank  # type: ignore[arg-type]
             shift = self._reduce("ReduceSum", error, error, [axis for axis in range(rank) if axis != channel])
-        noise, power = self._reduce("ReduceSumSquare", error, error), self._reduce("ReduceSumSquare", plain, error)
+            along = [channel] if channel == rank - 1 else None
+        noise, power = (self._reduce("ReduceSumSquare", value, error, along) for value in (error, plain))
         self._sums.append(_Sums(noise, power, self._reduce("Size", plain, error), shift))
 
     def _reduce(self, op: str, value: ir.Value, after: ir.Value, axes: Sequence[int] | None = None) -> str:
@@ -261,18 +265,19 @@ class _Probe:
     def run(self, data: CalibrationSet, progress: Progress) -> list[LayerError]:
         """The sums over all of `data`, in the order they were asked for."""
         fetches = list(self._reduced.values())
-        executor = Executor(self.model, [Fetch(name) for name in fetches])
-        totals: dict[str, np.ndarray] = {name: np.zeros(()) for name in ["", *fetches]}
-        done = 0
-        for batch in data.batches(BATCH):
-            for name, array in zip(fetches, executor.run(batch), strict=True):
-                totals[name] = totals[name] + array.astype(np.float64)
-            done += len(next(iter(batch.values())))
-            progress("measure layers", done, len(data))
-        return [_layer_error(*(totals[name] for name in (sums.noise, sums.power, sums.size, sums.shift))) for sums in self._sums]
+        executor = Executor(self.model, [Fetch(name) for name in fetches], threads=THREADS)
+        found: dict[str, list[np.ndarray]] = {name: [] for name in fetches}
+        size = data.fixed_batch or BATCH // WORKERS
+        for index, arrays in enumerate(executor.stream(data.batches(size))):
+            for name, array in zip(fetches, arrays, strict=True):
+                found[name].append(array.astype(np.float64))
+            progress("measure layers", min((index + 1) * size, len(data)), len(data))
+        return [_layer_error(found, sums) for sums in self._sums]
 
 
-def _layer_error(noise: np.ndarray, power: np.ndarray, size: np.ndarray, shift: np.ndarray) -> LayerError:
-    """`shift` is the sum of differences by channel, or of shape () where there is none."""
-    rows = int(size) // max(shift.size, 1)
-    return LayerError(float(noise), float(power), shift / max(rows, 1) if shift.ndim else None, rows)
+def _layer_error(found: Mapping[str, list[np.ndarray]], sums: _Sums) -> LayerError:
+    noise, power = (np.concatenate([array.reshape(-1) for array in found[name]]) for name in (sums.noise, sums.power))
+    weights = massive.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
+    shift = np.sum(found[sums.shift], axis=0) if sums.shift else None
+    rows = int(np.sum(found[sums.size])) // (1 if shift is None else max(shift.size, 1))
+    return LayerError(float(noise @ weights), float(power @ weights), None if shift is None else shift / max(rows, 1), rows)

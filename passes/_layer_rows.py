@@ -13,15 +13,12 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from graphq import ir, linear
+from graphq import ir, linear, massive
 from graphq.passes import _bias
 from graphq.sweep import SweepStep
 
 ROWS_PER_INPUT = 32
 """Rows to use for each of D inputs: least squares over N rows errs by a share of D / N more on rows that it has not seen."""
-
-MASSIVE = 10.0
-"""Rows whose output has so many times the median power, and more, count as if they had no more."""
 
 ROWS = 4096
 """Rows to use at least, where there are that many; and to hold at once."""
@@ -185,16 +182,12 @@ class Sums:
 
     @classmethod
     def of(cls, x: np.ndarray, r: np.ndarray, y: np.ndarray) -> Sums:
-        """Of float32 rows, of which those with a massive output count less, as if theirs were `MASSIVE` times the median.
+        """Of float32 rows, of which those with a massive output count less (see `graphq.massive`).
 
-        A few tokens with activations a thousand times those of all others would decide everything else (arXiv 2402.17762), and
-        normalizations level them later. Multiplied in float32, in less than half the time, around the means of the rows, which may
-        be far larger than what varies: off by 4e-7 of `sqrt(c_ii c_jj)`, C = `centred_gram`, at most.
+        Multiplied in float32, in less than half the time, around the means of the rows, which may be far larger than what varies:
+        off by 4e-7 of `sqrt(c_ii c_jj)`, C = `centred_gram`, at most.
         """
-        size = np.square(y).mean((0, 2), dtype=np.float64)
-        seen = size[size > 0]
-        limit = MASSIVE * float(np.median(seen)) if seen.size else 1.0
-        unit = np.sqrt(limit / np.maximum(size, limit)).astype(np.float32)[:, None]
+        unit = np.sqrt(massive.row_weights(np.square(y).mean((0, 2), dtype=np.float64))).astype(np.float32)[:, None]
         count = float(np.sum(unit.astype(np.float64) ** 2))
         x_mean, r_mean = ((part * unit**2).sum(1, dtype=np.float64).astype(np.float32) / np.float32(count) for part in (x, r))
         x, r, y = (x - x_mean[:, None]) * unit, (r - r_mean[:, None]) * unit, y * unit

@@ -9,7 +9,7 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper, parser
 
-from graphq import ir
+from graphq import ir, massive
 from graphq.calibration import open_calibration
 from graphq.executor import Executor
 from graphq.passes import _layer_rows
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 def all_rows_count_alike(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Except where massive outputs are what is tested."""
     if "massive" not in request.node.name:
-        monkeypatch.setattr(_layer_rows, "MASSIVE", 1e12)
+        monkeypatch.setattr(massive, "LIMIT", 1e12)
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -244,14 +244,14 @@ def test_rows_with_massive_outputs_count_as_if_they_were_large_ones() -> None:
     np.testing.assert_allclose(plain.gram[0], x[0].T @ x[0], rtol=1e-5)
     for rows in (x, r, y):
         rows[:, :2] *= 1000
-    massive = _layer_rows.Sums.of(x, r, y)
+    found = _layer_rows.Sums.of(x, r, y)
     size = np.square(y[0]).mean(1)
-    limit = _layer_rows.MASSIVE * np.median(size)
+    limit = massive.LIMIT * np.median(size)
     weights = np.minimum(limit / size, 1)
-    np.testing.assert_allclose(massive.gram[0], (x[0] * weights[:, None]).T @ x[0], rtol=1e-4)
-    np.testing.assert_allclose(massive.lack[0], weights @ r[0], rtol=1e-4, atol=1e-4)
-    assert massive.power == pytest.approx(float((weights[:, None] * y[0] ** 2).sum()), rel=1e-4)
-    assert massive.count == pytest.approx(weights.sum(), rel=1e-5)
+    np.testing.assert_allclose(found.gram[0], (x[0] * weights[:, None]).T @ x[0], rtol=1e-4)
+    np.testing.assert_allclose(found.lack[0], weights @ r[0], rtol=1e-4, atol=1e-4)
+    assert found.power == pytest.approx(float((weights[:, None] * y[0] ** 2).sum()), rel=1e-4)
+    assert found.count == pytest.approx(weights.sum(), rel=1e-5)
 
 
 def test_rows_without_an_output_do_not_make_the_others_massive() -> None:
