@@ -49,7 +49,6 @@ def load_graphq(target: str = "onnxruntime") -> Convert:
     import onnxscript.version_converter  # noqa: F401
 
     import graphq  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    from graphq.convert import convert as _
 
     graphq.load_recipe("int8")  # which imports its passes
 

@@ -37,7 +37,7 @@ THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
 SAMPLE_SIZE = 4096
 """Elements that the view `sample` takes from one calibration sample of a tensor, about."""
 
-ROWS = 8
+ROWS = 4
 """Rows that the view `rows` takes from one batch of a tensor, about."""
 
 ORT_OPSET, ORT_IR = 26, 13
@@ -127,6 +127,7 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4 if not deployed else 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # another session may be about to run
     if not deployed:
         options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")

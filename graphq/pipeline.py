@@ -133,8 +133,8 @@ class PassContext:
         return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
 
 
-WHOLE = 1 << 23
-"""Elements of whole tensors that are taken out of a session at once, about."""
+WHOLE = 8 << 20
+"""Elements of whole tensors that are taken out of a session at once, at most (but at least one sample)."""
 
 SAMPLED_BATCHES = 8
 """Batches, spread over the calibration set, from which a large tensor is subsampled: about 130,000 elements of it."""
@@ -155,14 +155,15 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     executor = Executor(model, fetches, threads=THREADS)
     between = Executor(model, cheap, threads=THREADS) if every > 1 else executor
 
-    def run(index: int, batch: Feeds) -> dict[Fetch, np.ndarray]:
+    def of_batch(index: int, batch: Feeds) -> list[Stat]:
         chosen = between if index % every else executor
-        return dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
+        arrays = dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
+        return [one.update(one.init(), *(arrays[Fetch(tap.value, tap.view)] for tap in one.taps)) for one in observers]
 
     stats = {observer: observer.init() for observer in observers}
-    for index, arrays in enumerate(run_ahead(partial(run, *entry) for entry in enumerate(data.batches(size)))):
-        for observer in observers:
-            stats[observer] = observer.update(stats[observer], *(arrays[Fetch(tap.value, tap.view)] for tap in observer.taps))
+    for index, parts in enumerate(run_ahead(partial(of_batch, *entry) for entry in enumerate(data.batches(size)))):
+        for observer, part in zip(observers, parts, strict=True):
+            stats[observer] = observer.merge(stats[observer], part)
         progress("calibrate", min((index + 1) * size, len(data)), len(data))
     return stats
 

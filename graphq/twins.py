@@ -19,7 +19,7 @@ from graphq.editor import Editor
 from graphq.errors import ModelError
 from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch
 from graphq.pipeline import Progress, no_progress
-from graphq.quantizers import QParams
+from graphq.quantizers import QParams, Uniform
 from graphq.spec import QuantSpec
 
 Format = tuple[QuantSpec, QParams]
@@ -197,7 +197,13 @@ class _Probe:
     def quantize(self, node: ir.Node, twin: Twin) -> None:
         """Let `node` read its weight and its activation as `twin` says; nodes that read one value alike share its quantizer."""
         if twin.weight is not None:
-            qdq.insert_weight(self.edit, node, twin.weight)
+            index, quantizer = linear.LINEAR_OPS[node.op_type].weight, Uniform(twin.weight)
+            value = node.inputs[index]
+            weight = ir.constant(value)
+            assert value is not None and weight is not None, "twins are of layers with constant weights"
+            rounded = self.edit.shared((value, twin.weight), f"{value.name}_rounded",
+                                       lambda: quantizer.fake_quantize(weight, quantizer.fit_weight(weight)), "float32")  # fmt: skip
+            self.edit.rewire(node, index, rounded)
         if twin.activation is None:
             return
         spec, qparams = twin.activation

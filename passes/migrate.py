@@ -48,7 +48,7 @@ class Migrate(Pass):
     weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
     min_gain_db: Annotated[float, Field(ge=0)] = 0.5
     min_gain_mul_db: Annotated[float, Field(ge=0)] = 3.0
-    rows: Annotated[int, Field(ge=16)] = 256
+    rows: Annotated[int, Field(ge=16)] = 128
     exclude: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:

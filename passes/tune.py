@@ -21,7 +21,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.editor import Editor
-from graphq.executor import BATCH, Executor, Fetch
+from graphq.executor import BATCH, THREADS, Executor, Fetch
 from graphq.passes import _tune_math as math
 from graphq.pipeline import Pass, PassContext, pass_options
 
@@ -67,7 +67,7 @@ class Tune(Pass):
         probe = ir.clone(model)
         edit, twins = Editor(probe), {node.name: node for node in probe.graph}
         fetches = [Fetch(_row_maxima(edit, twins[node.name])) for node in nodes]
-        runs = list(Executor(probe, fetches).stream(ctx.calib.take(self.samples).batches(BATCH)))
+        runs = list(Executor(probe, fetches, threads=THREADS).stream(ctx.calib.take(self.samples).batches(BATCH)))
         return [math.floor_for(np.concatenate([maxima.reshape(-1) for maxima in arrays])) for arrays in zip(*runs, strict=True)]
 
 
