@@ -1,7 +1,7 @@
 """Moving the scale of channels over an edge: `X W = (X / k) (diag(k) W)` (SmoothQuant, arXiv 2211.10438).
 
-`1 / k`, and a shift, disappear into the normalization that makes X if nobody else reads it; elsewhere they cost an element-wise Mul
-(and a Sub).
+`1 / k`, and a shift, disappear into the normalization that makes X if nobody else reads it; `1 / k` also into the layer behind the
+attention that makes X; elsewhere they cost an element-wise Mul (and a Sub).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from graphq import ir, linear
 from graphq.editor import Editor
+from graphq.passes import _value_layer
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 """Operators whose second input is a gain for each channel; LayerNormalization may have a bias as its third."""
@@ -25,15 +26,20 @@ def matrix(node: ir.Node) -> np.ndarray:
 
 
 def can_fold(value: ir.Value, nodes: Sequence[ir.Node], *, shift: bool = False) -> bool:
-    """Whether `value` leaves a normalization for `nodes` alone, so that its gain (and its bias, for a `shift`) can take the change."""
-    maker = value.producer()
-    if maker is None or maker.domain or maker.op_type not in NORMALIZATIONS or value.is_graph_output() or len(maker.inputs) < 2:
+    """Whether what makes `value`, for `nodes` alone, can take the change: a factor, and a `shift` with it."""
+    if value.is_graph_output() or {use.node for use in ir.uses(value)} != set(nodes):
         return False
-    if shift and (maker.op_type != "LayerNormalization" or len(maker.inputs) < 3 or maker.inputs[2] is None):
+    return _takes(value.producer(), len(matrix(nodes[0])), shift) or (not shift and _value_layer.source(value) is not None)
+
+
+def _takes(norm: ir.Node | None, channels: int, shift: bool) -> bool:
+    """Whether gain and bias of a normalization are there, one for each channel."""
+    if norm is None or norm.domain or norm.op_type not in NORMALIZATIONS or len(norm.inputs) < 2:
         return False
-    channels = (len(matrix(nodes[0])),)
-    arrays = [ir.constant(entry) for entry in maker.inputs[1:] if entry is not None]
-    return {use.node for use in ir.uses(value)} == set(nodes) and all(array is not None and array.shape == channels for array in arrays)
+    if shift and (norm.op_type != "LayerNormalization" or len(norm.inputs) < 3 or norm.inputs[2] is None):
+        return False
+    arrays = [ir.constant(entry) for entry in norm.inputs[1:] if entry is not None]
+    return all(array is not None and array.shape == (channels,) for array in arrays)
 
 
 def divide(edit: Editor, value: ir.Value, nodes: Sequence[ir.Node], k: np.ndarray, c: np.ndarray | None = None) -> ir.Value:
@@ -45,6 +51,10 @@ def divide(edit: Editor, value: ir.Value, nodes: Sequence[ir.Node], k: np.ndarra
     """
     maker, shifts = value.producer(), c is not None and bool(c.any())
     if can_fold(value, nodes, shift=shifts):
+        layer = _value_layer.source(value)
+        if layer is not None:
+            layer.divide(edit, k)
+            return value
         assert maker is not None
         for index in range(1, len(maker.inputs)):
             array = ir.constant(maker.inputs[index])

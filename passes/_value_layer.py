@@ -1,0 +1,114 @@
+"""Which linear layer the channels of a value come from, through activations and attention that pass their scale on.
+
+Attention mixes tokens, never the channels of its values: what scales a channel of `A V W` may as well scale the layer that makes V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphq import ir, linear
+from graphq.editor import Editor
+from graphq.passes import _bias
+
+_MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_UNKNOWN = 2
+"""Stands for a dimension that is not known: more than one, so that a mixture of channels shows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Channel j of the value scales with output channel `channels[j]` of `layer`; `channels`: int64 [D], each once."""
+
+    layer: ir.Node
+    channels: np.ndarray
+
+    def divide(self, edit: Editor, k: np.ndarray) -> None:
+        """Let the layer make the value divided by `k`, float32 of shape (D,), positive."""
+        factor = np.empty_like(k)
+        factor[self.channels] = k
+        layer, slot = self.layer, _bias.find(self.layer)
+        weight = ir.constant(linear.weight_of(layer))
+        assert weight is not None
+        along = [1] * weight.ndim
+        along[linear.out_axis(layer)] = len(factor)
+        edit.set_weight(layer, linear.LINEAR_OPS[layer.op_type].weight, weight / factor.reshape(along))
+        if slot is not None:
+            old = ir.constant(slot[0].inputs[slot[1]])
+            assert old is not None
+            edit.set_weight(*slot, (old / factor).astype(old.dtype))
+
+
+def source(value: ir.Value) -> Source | None:
+    """The layer behind `value` (whoever reads that); None where something between reads or mixes its channels."""
+    path, layer = list[ir.Node](), ir.producer(value)
+    while layer is not None and not _is_layer(layer):
+        step = _step(layer)
+        if step is None:
+            return None
+        path.append(layer)
+        if len(ir.uses(step)) != 1 or step.is_graph_output():
+            return None
+        layer = ir.producer(step)
+    if layer is None or (linear.bias_of(layer) is not None and _bias.find(layer) is None):
+        return None
+    width = ir.constant_shape(linear.weight_of(layer))[linear.out_axis(layer)]
+    shape = ir.shape_of(layer.outputs[0])
+    if shape is None:
+        return None
+    labels = np.broadcast_to(np.arange(width), [dim if isinstance(dim, int) else _UNKNOWN for dim in shape[:-1]] + [width])
+    try:
+        for node in reversed(path):
+            labels = _follow(node, labels)
+    except ValueError:
+        return None
+    rows = labels.reshape(-1, labels.shape[-1])
+    if rows.shape[1] != width or (rows != rows[0]).any() or len(np.unique(rows[0])) != width:
+        return None
+    return Source(layer, rows[0])
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and not node.domain and linear.is_linear(node)
+
+
+def _step(node: ir.Node) -> ir.Value | None:
+    """The input whose scale `node` passes on."""
+    if node.domain:
+        return None
+    if node.op_type in _MOVES or node.op_type == "Relu":
+        return node.inputs[0]
+    if node.op_type == "MatMul":  # of attention and values
+        return node.inputs[1] if ir.constant(node.inputs[1]) is None else None
+    for value in node.inputs if node.op_type == "Add" else ():
+        maker = ir.producer(value)
+        if maker is not None and _is_layer(maker) and _bias.find(maker) is not None and _bias.find(maker)[0] is node:  # type: ignore[index]
+            return value
+    return None
+
+
+def _follow(node: ir.Node, labels: np.ndarray) -> np.ndarray:
+    """What becomes of the labels of channels in `node`. Raises ValueError if it cannot be told."""
+    constants = [ir.constant(value) for value in node.inputs[1:]]
+    if node.op_type == "Transpose":
+        return labels.transpose(ir.attribute(node, "perm", range(labels.ndim)[::-1]))
+    if node.op_type == "MatMul":
+        if labels.ndim < 2 or (labels != labels[..., :1, :]).any():
+            raise ValueError("the rows that attention mixes are not of one channel")
+        shape = ir.shape_of(node.outputs[0])
+        tokens = shape[-2] if shape is not None and isinstance(shape[-2], int) else labels.shape[-2]
+        return np.repeat(labels[..., :1, :], tokens, axis=-2)
+    if node.op_type not in ("Reshape", "Squeeze", "Unsqueeze"):
+        return labels
+    if not constants or constants[0] is None:
+        raise ValueError("the shape is not constant")
+    sizes = [int(size) for size in constants[0].reshape(-1)]
+    if node.op_type == "Squeeze":
+        return np.squeeze(labels, tuple(sizes))
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(labels, tuple(sizes))
+    if not ir.attribute(node, "allowzero", 0):
+        sizes = [labels.shape[index] if size == 0 else size for index, size in enumerate(sizes)]
+    return labels.reshape(sizes)
