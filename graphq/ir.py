@@ -70,13 +70,12 @@ def load(path: str | os.PathLike[str]) -> Model:
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
-    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
         if isinstance(value.const_value, onnx_ir.TensorProtoTensor):
             value.const_value = _in_memory(value.const_value)
     for node in all_nodes(model):
-        given = [value is not None for value in node.inputs]
-        if given and not given[-1]:  # ONNX Runtime 1.31 crashes on a LayerNormalization whose last input is left out in this form
-            node.resize_inputs(max((index + 1 for index, one in enumerate(given) if one), default=0))
+        while node.inputs and node.inputs[-1] is None:  # ONNX Runtime 1.31 crashes on a LayerNormalization that leaves its bias out so
+            node.resize_inputs(len(node.inputs) - 1)
         for name, entry in list(node.attributes.items()):  # constants in attributes are few and small
             if entry.type == onnx_ir.AttributeType.TENSOR and not entry.is_ref():
                 node.attributes[name] = make_attribute(name, _in_memory(entry.value))
@@ -141,9 +140,9 @@ def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
 
 def _in_memory(tensor: Any) -> Any:
     """The tensor as an array of its own: one in a file would be read, and one in a protobuf copied, whenever somebody looks at it."""
-    if isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.TensorProtoTensor):
-        return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
-    return tensor
+    if not isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.TensorProtoTensor):
+        return tensor
+    return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def _hollow(tensor: Any, name: str) -> onnx_ir.ExternalTensor:
@@ -234,8 +233,7 @@ def constant(value: Value | None) -> np.ndarray | None:
 
 
 def attribute(node: Node, name: str, default: Any = None) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+    return node.attributes[name].value if name in node.attributes else default
 
 
 def shape_of(value: Value | None) -> tuple[int | str | None, ...] | None:
@@ -258,7 +256,7 @@ def uses(value: Value) -> tuple[Any, ...]:
 
 
 def is_float(value: Value | None) -> bool:
-    """Whether the element type is float32, or not stated (as in a model without shape inference)."""
+    """Whether the element type is float32, or not stated."""
     return value is not None and value.dtype in (DataType.FLOAT, None)
 
 
@@ -304,8 +302,7 @@ def _tensors(model: Model) -> Iterator[Any]:
 
 def make_tensor(array: np.ndarray, storage: str, name: str) -> onnx_ir.TensorProtocol:
     """A tensor of the ONNX type `storage` (`int8`, `uint4`, `float32`...) from an array that holds its values."""
-    target = _NUMPY_TYPES.get(storage, storage)
-    return onnx_ir.Tensor(np.asarray(array, order="C").astype(target, copy=False), name=name)
+    return onnx_ir.Tensor(np.asarray(array, order="C").astype(_NUMPY_TYPES.get(storage, storage), copy=False), name=name)
 
 
 def make_node(op_type: str, values: Sequence[Value | None], outputs: Sequence[str], *, domain: str = "", name: str = "",

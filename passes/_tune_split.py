@@ -69,7 +69,7 @@ def _part(edit: Editor, found: _Projection, part: int) -> ir.Value:
         out.shape, out.type = None if shape is None else ir.Shape(shape), old.outputs[0].type
         return out
 
-    def constant(value: ir.Value, axis: int, what: str) -> ir.Value:
+    def constant(value: ir.Value | None, axis: int, what: str) -> ir.Value:
         array = ir.constant(value)
         assert array is not None, "see _find"
         return edit.initializer(f"{name}_{what}", np.take(array, columns, axis), str(array.dtype))

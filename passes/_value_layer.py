@@ -36,9 +36,10 @@ class Source:
         along[linear.out_axis(layer)] = len(factor)
         edit.set_weight(layer, linear.LINEAR_OPS[layer.op_type].weight, weight / factor.reshape(along))
         if slot is not None:
-            old = ir.constant(slot[0].inputs[slot[1]])
+            holder, index = slot
+            old = ir.constant(holder.inputs[index])
             assert old is not None
-            edit.set_weight(*slot, (old / factor).astype(old.dtype))
+            edit.set_weight(holder, index, (old / factor).astype(old.dtype))
 
 
 def source(value: ir.Value) -> Source | None:

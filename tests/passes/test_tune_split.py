@@ -20,7 +20,8 @@ CONSTANTS: dict[str, np.ndarray] = {
     "w": RNG.standard_normal((C, 3 * H * D)).astype(np.float32), "wt": RNG.standard_normal((3 * H * D, C)).astype(np.float32),
     "b": RNG.standard_normal(3 * H * D).astype(np.float32), "one": np.array([1]), "ones": np.array([1, 1, 1]),
     **{f"i{index}": np.array([index]) for index in range(4)}, **{f"g{index}": np.array(index) for index in range(3)},
-    "first": np.array([-1, T, 3, H, D]), "middle": np.array([-1, T, H, 3, D]), "last": np.array([0, 0, H, D, 3]), "flat": np.array([-1, 3, H, D]),
+    "first": np.array([-1, T, 3, H, D]), "middle": np.array([-1, T, H, 3, D]), "last": np.array([0, 0, H, D, 3]),
+    "flat": np.array([-1, 3, H, D]),
 }  # fmt: skip
 LAYER = "m = MatMul(x, w) v = Add(b, m) "
 SLICES = "".join(f" s{i} = Slice(t, i{i}, i{i + 1}, i{{axis}}) {o} = Squeeze(s{i}, i{{axis}})" for i, o in enumerate("qkz"))
@@ -39,13 +40,15 @@ OTHERS = {
     "cut along heads": LAYER + "t = Reshape(v, first) q = Gather<axis=3>(t, g0) k = Gather<axis=2>(t, g1) z = Neg(k)",
     "cut along tokens": LAYER + "t = Reshape(v, first) q = Gather<axis=1>(t, g0) k = Gather<axis=1>(t, g1) z = Neg(k)",
     "the sum is returned": "m = MatMul(x, w) z = Add(m, b) t = Reshape(z, first) q = Gather<axis=2>(t, g0) k = Neg(q)",
-    "the bias is no constant": "m = MatMul(x, w) u = Relu(b) v = Add(m, u) t = Reshape(v, first) q = Gather<axis=2>(t, g0) k = Neg(q) z = Neg(k)",
+    "the bias is no constant": "m = MatMul(x, w) u = Relu(b) v = Add(m, u) t = Reshape(v, first) q = Gather<axis=2>(t, g0)"
+    " k = Neg(q) z = Neg(k)",
 }
 
 
 def split(body: str, declared: str = f"float[N,{T},{C}] x") -> tuple[ir.Model, ir.Model]:
     """The model before and after, pruned and checked."""
-    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> g ({declared}) => (float[] q, float[] k, float[] z) {{ {body} }}')
+    head = '<ir_version: 10, opset_import: ["" : 21]>'
+    proto = parser.parse_model(f"{head} g ({declared}) => (float[] q, float[] k, float[] z) {{ {body} }}")
     used = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in CONSTANTS.items() if name in used)
     for output in proto.graph.output:
@@ -79,7 +82,8 @@ def test_every_part_gets_a_product_of_its_own(form: str) -> None:
 
 @pytest.mark.parametrize("bias", ["", ", b"])
 def test_a_gemm_is_cut_along_its_own_axis(bias: str) -> None:
-    body = f"v = Gemm<transB=1>(x, wt{bias}) t = Reshape(v, flat) q = Gather<axis=1>(t, g0) k = Gather<axis=1>(t, g1) z = Gather<axis=1>(t, g2)"
+    parts = " ".join(f"{out} = Gather<axis=1>(t, g{index})" for index, out in enumerate("qkz"))
+    body = f"v = Gemm<transB=1>(x, wt{bias}) t = Reshape(v, flat) {parts}"
     before, after = split(body, f"float[N,{C}] x")
     x = RNG.standard_normal((4, C)).astype(np.float32)
     for old, new in zip(outputs(before, x), outputs(after, x), strict=True):

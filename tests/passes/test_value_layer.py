@@ -16,15 +16,17 @@ C = H * D
 RNG = np.random.default_rng(0)
 CONSTANTS: dict[str, np.ndarray] = {
     "w": RNG.standard_normal((4, C)).astype(np.float32), "b": RNG.standard_normal(C).astype(np.float32),
-    "out": RNG.standard_normal((C, 4)).astype(np.float32), "heads": np.array([0, 0, H, D]), "swapped": np.array([0, 0, D, H]),
+    "out": RNG.standard_normal((C, 4)).astype(np.float32), "heads": np.array([0, 0, H, D]),
     "whole": np.array([-1, T, C]), "axis": np.array([0]), "tokens": np.array([-1, C, T]),
 }  # fmt: skip
 VALUES = "m = MatMul(x, w) v = Add(m, b) "
-ATTENTION = "r = Reshape(v, {shape}) t = Transpose<perm=[0,2,1,3]>(r) u = MatMul(a, t) s = Transpose<perm=[0,2,1,3]>(u) c = Reshape(s, whole) "
+ATTENTION = (
+    "r = Reshape(v, heads) t = Transpose<perm=[0,2,1,3]>(r) u = MatMul(a, t) s = Transpose<perm=[0,2,1,3]>(u) c = Reshape(s, whole) "
+)
 CASES = {
-    "attention": VALUES + ATTENTION.format(shape="heads"),
+    "attention": VALUES + ATTENTION,
     "an activation between": "m = MatMul(x, w) v = Add(b, m) c = Relu(v) ",
-    "no bias": "v = MatMul(x, w) " + ATTENTION.format(shape="heads"),
+    "no bias": "v = MatMul(x, w) " + ATTENTION,
     "channels reordered": VALUES + "r = Reshape(v, heads) s = Transpose<perm=[0,1,3,2]>(r) c = Reshape(s, whole) ",
     "through other shapes": VALUES + "r = Unsqueeze(v, axis) s = Squeeze(r, axis) c = Identity(s) ",
 }
