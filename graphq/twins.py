@@ -286,4 +286,6 @@ def _layer_error(found: Mapping[str, list[np.ndarray]], sums: _Sums) -> LayerErr
     weights = massive.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
     shift = np.sum(found[sums.shift], axis=0) if sums.shift else None
     rows = int(np.sum(found[sums.size])) // (1 if shift is None else max(shift.size, 1))
-    return LayerError(float(noise @ weights), float(power @ weights), None if shift is None else shift / max(rows, 1), rows)
+    with np.errstate(invalid="ignore"):  # NaN is an answer, too
+        noise, power = noise @ weights, power @ weights
+    return LayerError(float(noise), float(power), None if shift is None else shift / max(rows, 1), rows)

@@ -88,7 +88,7 @@ def test_layers_are_ranked_as_their_measured_loss_ranks_them(found: Sensitivity,
 
 
 def test_what_stands_in_a_row(found: Sensitivity) -> None:
-    assert [layer.output_db for layer in found.layers] == sorted(layer.output_db for layer in found.layers) and len(found.layers) == 18
+    assert [layer.output_db for layer in found.layers] == sorted(layer.output_db for layer in found.layers) and len(found.layers) == 26
     assert sum(layer.work for layer in found.layers) == pytest.approx(1) == sum(layer.size for layer in found.layers)
     assert (found.bits, found.random) == ((8, 6, 4), False) and "64 to 79 of 96" in found.data
     for layer in found.layers:
