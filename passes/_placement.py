@@ -114,9 +114,9 @@ def _is_product(node: ir.Node, exclude: Sequence[str]) -> bool:
 
 
 def _is_coded(value: ir.Value | None) -> bool:
-    """Whether a quantizer of graphq's own, such as that of softmax, made `value`."""
+    """Whether a quantizer of graphq's own, such as that of softmax or of tokens, made `value`."""
     maker = ir.producer(value)
-    return maker is not None and maker.domain == "graphq"
+    return maker is not None and maker.domain == ir.DOMAIN
 
 
 def _carriers(value: ir.Value, readers: int, target: Target) -> list[ir.Node]:
@@ -148,7 +148,7 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     data = linear.data_of(node)
     if data.is_initializer() or not ir.is_float(data):
         return "its data input is not a float32 activation"
-    if ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear":  # type: ignore[union-attr]
+    if _is_coded(data) or (ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear"):  # type: ignore[union-attr]
         return "it is quantized already"
     return linear.linear_refusal(node)
 
