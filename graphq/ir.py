@@ -70,13 +70,14 @@ def load(path: str | os.PathLike[str]) -> Model:
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
     onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
-    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
-        if isinstance(value.const_value, onnx_ir.TensorProtoTensor):
-            value.const_value = _in_memory(value.const_value)
+    for graph in model.graphs():
+        for value in graph.initializers.values():  # those of subgraphs are few and small, as are constants in attributes
+            if graph is not model.graph or not isinstance(value.const_value, onnx_ir.ExternalTensor):
+                value.const_value = _in_memory(value.const_value)
     for node in all_nodes(model):
         while node.inputs and node.inputs[-1] is None:  # ONNX Runtime 1.31 crashes on a LayerNormalization that leaves its bias out so
             node.resize_inputs(len(node.inputs) - 1)
-        for name, entry in list(node.attributes.items()):  # constants in attributes are few and small
+        for name, entry in list(node.attributes.items()):
             if entry.type == onnx_ir.AttributeType.TENSOR and not entry.is_ref():
                 node.attributes[name] = make_attribute(name, _in_memory(entry.value))
     return model
@@ -108,30 +109,58 @@ def clone(model: Model) -> Model:
     return model.clone()
 
 
-def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def light_proto(model: Model, *, shapes: bool = False) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The protobuf form without the bytes of the main graph's larger initializers, and their arrays by name.
 
     They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
-    does not know (4 and 2 bits) stay inside.
+    does not know (4 and 2 bits) stay inside. `shapes` says whether to write down those of values inside the graph.
     """
-    arrays: dict[str, np.ndarray] = {}
-    replaced: list[tuple[Value, Any]] = []
-    try:
-        for graph in model.graphs():
-            for name, value in graph.initializers.items():
-                tensor = value.const_value
-                if tensor is None or not value.uses():
-                    continue
-                if graph is model.graph and _is_heavy(tensor):
-                    replaced.append((value, tensor))
-                    arrays[name], value.const_value = tensor.numpy(), _hollow(tensor, name)
-                elif isinstance(tensor, onnx_ir.ExternalTensor):
-                    replaced.append((value, tensor))
-                    value.const_value = _in_memory(tensor)
-        return to_proto(model), arrays
-    finally:
-        for value, tensor in replaced:
-            value.const_value = tensor
+    proto = _proto_of(model, list(model.graph))
+    inside = [value for node in model.graph for value in node.outputs if not value.is_graph_output()] if shapes else []
+    for own, entries in (
+        (proto.graph.value_info, inside),
+        (proto.graph.input, model.graph.inputs),
+        (proto.graph.output, model.graph.outputs),
+    ):
+        own.extend(onnx_ir.serde.serialize_value(value) for value in entries)
+    return proto, _add_weights(proto.graph, list(model.graph.initializers.values()))
+
+
+def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
+    proto, made = _proto_of(model, nodes), {value.name for node in nodes for value in node.outputs}
+    read = dict.fromkeys(value for node in nodes for value in reads(node) if value.name not in made and value.graph is model.graph)
+    for name in [value.name or "" for value in read if not (value.is_initializer() and value.const_value is not None)]:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name]))
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return proto, _add_weights(proto.graph, [value for value in read if value.is_initializer()])
+
+
+def _proto_of(model: Model, nodes: Sequence[Node]) -> onnx.ModelProto:
+    """`nodes` of the main graph, and the functions that they may call."""
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
+    proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
+    proto.graph.name = model.graph.name or "graph"
+    proto.graph.node.extend(onnx_ir.serde.serialize_node(node) for node in nodes)
+    return proto
+
+
+def _add_weights(graph: onnx.GraphProto, values: Sequence[Value]) -> dict[str, np.ndarray]:
+    """Write initializers, large ones that are read as empty references, and return the arrays of these."""
+    arrays = dict[str, np.ndarray]()
+    for value in values:
+        name, tensor = value.name or "", value.const_value
+        if tensor is None:
+            continue
+        if _is_heavy(tensor) and value.uses():
+            arrays[name] = tensor.numpy()
+            tensor = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)  # type: ignore[arg-type]
+        else:
+            tensor = _in_memory(tensor)
+        graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
+        graph.initializer[-1].name = name
+    return arrays
 
 
 def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
@@ -143,33 +172,6 @@ def _in_memory(tensor: Any) -> Any:
     if not isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.TensorProtoTensor):
         return tensor
     return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
-
-
-def _hollow(tensor: Any, name: str) -> onnx_ir.ExternalTensor:
-    return onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
-
-
-def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
-    proto = onnx.ModelProto(ir_version=model.ir_version)
-    proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
-    proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
-    graph, arrays = proto.graph, dict[str, np.ndarray]()
-    graph.name = "segment"
-    graph.node.extend(onnx_ir.serde.serialize_node(node) for node in nodes)
-    made = {value.name for node in nodes for value in node.outputs}
-    for value in dict.fromkeys(value for node in nodes for value in reads(node)):
-        name, tensor = value.name or "", value.const_value
-        if value.name in made or value.graph is not model.graph:
-            continue
-        if value.is_initializer() and tensor is not None:
-            if _is_heavy(tensor):
-                arrays[name], tensor = tensor.numpy(), _hollow(tensor, name)
-            graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor if name in arrays else _in_memory(tensor)))
-            graph.initializer[-1].name = name
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name])), None))
-    return proto, arrays
 
 
 def subgraphs(node: Node) -> Iterator[Graph]:
