@@ -326,9 +326,6 @@ def tensor_type(storage: str) -> onnx_ir.TensorType:
     return onnx_ir.TensorType(onnx_ir.DataType[{"float32": "FLOAT"}.get(storage, storage.upper())])
 
 
-# ---- model-local functions ------------------------------------------------------------------------------------------
-
-
 def function_from_text(text: str) -> Function:
     return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(text))
 

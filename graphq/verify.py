@@ -16,7 +16,7 @@ from graphq.errors import VerifyError
 from graphq.executor import BATCH, Executor, Feeds
 from graphq.report import Latency, OutputComparison
 
-ROUNDS, SECONDS = 5, 0.05
+ROUNDS, SECONDS = 3, 0.05
 """Timed runs of each model and seconds of timing, both at least."""
 
 
