@@ -33,11 +33,14 @@ VIT, MOBILENET = "vit_tiny_patch16_224", "mobilenet_v2_1.0_224"
 EXTRA = "imagenet_train_extra744"
 
 
-def transformer(weight: int, activation: int, *, reparam: bool = True, sulq: bool = True, ranges: str = "mse", **rounding: Any) -> str:
+def transformer(
+    weight: int, activation: int, *, reparam: bool = True, sulq: bool = True, tokens: bool = True, ranges: str = "mse", **rounding: Any
+) -> str:
     """A recipe as YAML; `rounding` are options of the pass `round`, `aqer: True` puts that pass before it."""
     aqer = rounding.pop("aqer", False)
     lines = ["normalize"]
     lines += [f"ln-reparam: {{bits: {activation}}}"] * reparam + [f"sulq-softmax: {{bits: {activation}}}"] * sulq
+    lines += [f"dynamic-activations: {{bits: {activation}, symmetric: false}}"] * tokens
     lines.append(
         f"insert-qdq: {{activation_bits: {activation}, weights: false, attention: true, ranges: {ranges}, tables: false, error_samples: 0}}"
     )
@@ -53,24 +56,27 @@ def convolution(**rounding: Any) -> str:
 
 RTN = {"algorithm": "rtn", "scales": "min-max", "correct_bias": False}
 MSE = {"algorithm": "rtn", "correct_bias": False}
+STATIC = {"reparam": False, "sulq": False, "tokens": False}
 ROWS: list[tuple[str, str, str, str]] = [  # (model, bits, what, recipe)
     *[
         (VIT, f"W{weight}A4", what, text)
         for weight in (4, 3)
         for what, text in (
-            ("rounding to nearest, min-max", transformer(weight, 4, reparam=False, sulq=False, ranges="min-max", **RTN)),
-            ("+ ranges of least squared error", transformer(weight, 4, reparam=False, sulq=False, **MSE)),
-            ("+ ln-reparam", transformer(weight, 4, sulq=False, **MSE)),
-            ("+ sulq-softmax", transformer(weight, 4, **MSE)),
+            ("rounding to nearest, min-max", transformer(weight, 4, **STATIC, ranges="min-max", **RTN)),
+            ("+ ranges of least squared error", transformer(weight, 4, **STATIC, **MSE)),
+            ("+ ln-reparam", transformer(weight, 4, sulq=False, tokens=False, **MSE)),
+            ("+ sulq-softmax", transformer(weight, 4, tokens=False, **MSE)),
+            ("+ one range a token", transformer(weight, 4, **MSE)),
             ("+ bias correction", transformer(weight, 4, algorithm="rtn")),
             ("+ aqer", transformer(weight, 4, aqer=True, algorithm="rtn")),
             ("+ gptq", transformer(weight, 4, aqer=True, algorithm="gptq")),
-            ("gptq without aqer", transformer(weight, 4, algorithm="gptq")),
-            ("+ aqer, greedy rounding", transformer(weight, 4, aqer=True)),
+            ("+ greedy rounding", transformer(weight, 4, aqer=True)),
+            ("the same without aqer", transformer(weight, 4)),
+            ("the same with groups of 32", transformer(weight, 4, repair=True, group_size=32)),
             (f"recipe w{weight}a4-vit", recipe_text(f"w{weight}a4-vit")),
         )
     ],
-    (VIT, "W6A6", "rounding to nearest, min-max", transformer(6, 6, reparam=False, sulq=False, ranges="min-max", **RTN)),
+    (VIT, "W6A6", "rounding to nearest, min-max", transformer(6, 6, **STATIC, ranges="min-max", **RTN)),
     (VIT, "W6A6", "recipe w6a6-vit", recipe_text("w6a6-vit")),
     (VIT, "W8A8", "recipe w8a8-vit", recipe_text("w8a8-vit")),
     (VIT, "W8A8", "recipe int8", recipe_text("int8")),

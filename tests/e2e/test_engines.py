@@ -10,6 +10,7 @@ import pytest
 
 import graphq
 from graphq.models import digits, onnx_path
+from graphq.recipe import parse_recipe
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
                                 reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")  # fmt: skip
@@ -50,3 +51,16 @@ def assets() -> ModuleType:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mobilenet_v2_1.0_224", "squeezenet1_1", "minilm_l6_stsb"])
 def test_real_models(name: str, assets: ModuleType, tmp_path: Path) -> None:
     to_engine(ASSETS / "models" / f"{name}.onnx", tmp_path, "int8", assets.calibration(name, 16))
+
+
+@pytest.mark.parametrize("passes", [
+    "- ln-reparam: {bits: 8}", "- sulq-softmax: {bits: 4}", "- sulq-softmax: {bits: 4, quantizer: log2}",
+    "- ln-reparam: {bits: 8}\n- sulq-softmax: {bits: 4}\n- insert-qdq",
+])  # fmt: skip
+def test_low_bit_quantizers_of_a_real_model(passes: str, assets: ModuleType, tmp_path: Path) -> None:
+    """In their symmetric forms."""
+    recipe = parse_recipe(f"passes:\n- normalize\n{passes}\ngates: {{max_size_ratio: 1.1}}\n", "low-bit")
+    model, out = ASSETS / "models" / "vit_tiny_patch16_224.onnx", tmp_path / "m.engine"
+    calib = assets.calibration("vit_tiny_patch16_224", 8)
+    report = graphq.convert(model, out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
+    assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 15

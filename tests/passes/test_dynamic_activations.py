@@ -110,33 +110,38 @@ def layer(case: str, seed: int = 0) -> tuple[onnx.ModelProto, np.ndarray, np.nda
     return build(f"g (float[N, {dims}] x) => (float[] y) {{ {body} }}", w=weight), x, weight if shape[0] == D else weight.T
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("case", LAYERS)
-def test_table(case: str, bits: int) -> None:
+def test_table(case: str, bits: int, symmetric: bool) -> None:
     """The graph computes with the formula's numbers in either runtime (1e-5), none of them more than half a step off."""
     proto, x, weight = layer(case)
-    model, _ = quantize(proto, bits=bits)
-    rounded = math.fake_quantize(x, bits)
-    step = np.abs(x).max(-1, keepdims=True) / math.levels(bits)
+    model, _ = quantize(proto, bits=bits, symmetric=symmetric)
+    rounded = math.fake_quantize(x, bits, symmetric=symmetric)
+    reach = np.abs(x).max(-1, keepdims=True) if symmetric else np.ptp(x, -1, keepdims=True)
+    step = reach / math.levels(bits, symmetric=symmetric)
     assert (np.abs(rounded - x) <= 0.5001 * step).all()
     expected = rounded @ weight
     for result in both(model, x):
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_nodes_give_the_formula_bit_for_bit(bits: int) -> None:
+def test_the_nodes_give_the_formula_bit_for_bit(bits: int, symmetric: bool) -> None:
     """Rows of zeros, of subnormal numbers, of the largest, and of one element among them."""
     x = floats(6, D)
     x[0], x[1], x[2], x[3] = 0, 1e-41, x[2] * 1e-38, x[3] * 1e38
     x[4] = np.eye(1, D)
     identity = build(f"g (float[N, {D}] x) => (float[] y) {{ y = MatMul(x, w) }}", w=np.eye(D, dtype=np.float32))
-    model, _ = quantize(identity, bits=bits)
+    model, _ = quantize(identity, bits=bits, symmetric=symmetric)
     (call,) = calls(model)
     probe = Executor(model, [Fetch(call.outputs[0].name or "")], threads=1).run({"x": x})[0]
     assert np.isfinite(probe).all() and not probe[0].any()
-    np.testing.assert_array_equal(probe[[0, 3, 4, 5]], math.fake_quantize(x, bits)[[0, 3, 4, 5]])
-    np.testing.assert_allclose(probe, math.fake_quantize(x, bits), atol=1e-37)  # whether subnormal results are flushed is the runtime's
+    np.testing.assert_array_equal(probe[[0, 3, 4, 5]], math.fake_quantize(x, bits, symmetric=symmetric)[[0, 3, 4, 5]])
+    np.testing.assert_allclose(
+        probe, math.fake_quantize(x, bits, symmetric=symmetric), atol=1e-37
+    )  # whether subnormal results are flushed is the runtime's
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,6 +154,14 @@ def test_beats_one_range_for_all_tokens(bits: int, seed: int) -> None:
     powers = np.sum((x @ weight) ** 2, -1, dtype=np.float64)
     errors = [np.mean(np.sum(((one - x) @ weight) ** 2, -1) / powers) for one in (static, math.fake_quantize(x, bits))]
     assert errors[1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_zero_point_gives_one_sided_tokens_nearly_twice_the_levels(seed: int) -> None:
+    _, x, _ = layer("MatMul", seed)
+    x = np.maximum(x, -0.1 * np.abs(x))
+    errors = [np.mean((math.fake_quantize(x, 4, symmetric=symmetric) - x) ** 2, -1) for symmetric in (True, False)]
+    assert np.mean(errors[1] / errors[0]) < 0.4
 
 
 # ---- where ----------------------------------------------------------------------------------------------------------
