@@ -152,20 +152,28 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     whole = sum(sample_size(ir.shape_of(values.get(fetch.value))) for fetch in fetches if fetch.view == "whole")
     size = data.fixed_batch or (min(BATCH, max(1, WHOLE // whole)) if whole else BATCH)
     every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
-    executor = Executor(model, fetches, threads=THREADS)
-    between = Executor(model, cheap, threads=THREADS) if every > 1 else executor
-
-    def of_batch(index: int, batch: Feeds) -> list[Stat]:
-        chosen = between if index % every else executor
-        arrays = dict.fromkeys(fetches, _NOTHING) | dict(zip(chosen.fetches, chosen.run(batch), strict=True))
-        return [one.update(one.init(), *(arrays[Fetch(tap.value, tap.view)] for tap in one.taps)) for one in observers]
-
-    stats = {observer: observer.init() for observer in observers}
-    for index, parts in enumerate(run_ahead(partial(of_batch, *entry) for entry in enumerate(data.batches(size)))):
-        for observer, part in zip(observers, parts, strict=True):
-            stats[observer] = observer.merge(stats[observer], part)
-        progress("calibrate", min((index + 1) * size, len(data)), len(data))
+    end = len(data) // size * size or len(data) if data.fixed_batch else len(data)
+    starts, stats, done = range(0, end, size), {observer: observer.init() for observer in observers}, 0
+    rest = [start for index, start in enumerate(starts) if index % every]
+    for chosen, firsts in ((fetches, starts[::every]), (cheap, rest)):  # one session after the other: each holds its own memory
+        if not chosen or not firsts:
+            continue
+        executor = Executor(model, chosen, threads=THREADS)
+        batches = (batch for first in firsts for batch in data.batches(size, first, first + size))
+        for parts in run_ahead(partial(_fold_batch, executor, observers, batch) for batch in batches):
+            for observer, part in zip(observers, parts, strict=True):
+                stats[observer] = observer.merge(stats[observer], part)
+            done += size
+            progress("calibrate", min(done, len(data)), len(data))
+        del executor
     return stats
+
+
+def _fold_batch(executor: Executor, observers: Sequence[Observer], batch: Feeds) -> list[Stat]:
+    """What each observer makes of one batch; of nothing, where the executor does not fetch what it taps."""
+    arrays = dict(zip(executor.fetches, executor.run(batch), strict=True))
+    taps = [[arrays.get(Fetch(tap.value, tap.view), _NOTHING) for tap in observer.taps] for observer in observers]
+    return [observer.update(observer.init(), *found) for observer, found in zip(observers, taps, strict=True)]
 
 
 _NOTHING = np.zeros(0, np.float32)
