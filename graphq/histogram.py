@@ -57,9 +57,12 @@ class Histogram:
         return ranges | _bins(counts, exponent, first, zeros)
 
     def merge(self, a: Stat, b: Stat) -> Stat:
+        ranges, zeros = merge_ranges(a, b), int(a["zeros"]) + int(b["zeros"])
+        for nothing, other in ((a, b), (b, a)):
+            if not nothing["counts"].any():
+                return ranges | _bins(other["counts"], int(other["exponent"]), int(other["first"]), zeros)
         exponent, first = _join(_occupied(a), _occupied(b), self.bins)
-        counts = _rebin(a, exponent, first) + _rebin(b, exponent, first)
-        return merge_ranges(a, b) | _bins(counts, exponent, first, int(a["zeros"]) + int(b["zeros"]))
+        return ranges | _bins(_rebin(a, exponent, first) + _rebin(b, exponent, first), exponent, first, zeros)
 
 
 def bin_edges(stat: Stat) -> Array:
