@@ -223,7 +223,7 @@ def sensitivity(
             raise UsageError(
                 "Nothing would be quantized: every layer stays float.", where=str(write_recipe), expected="fewer layers to keep"
             )
-        write_recipe.write_text(keeping_float([layer.name for layer in worst], target).to_yaml(), encoding="utf-8")
+        write_recipe.write_text(keeping_float(list(dict.fromkeys(layer.given_name for layer in worst)), target).to_yaml(), encoding="utf-8")
         console.say(f"{write_recipe}: the recipe int8 with {len(worst)} layers left float", stderr=as_json)
 
 

@@ -102,7 +102,7 @@ class Executor:
 
 
 def run_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of `jobs` returns, in their order; up to `WORKERS` of them run at a time, and one result may wait."""
+    """What each of `jobs` returns, in their order; up to `WORKERS` of them run, or wait to be taken, behind the one that is due."""
     with ThreadPoolExecutor(WORKERS) as pool:
         pending = deque[Future[T]]()
         try:

@@ -112,6 +112,8 @@ def _join(a: _Window, b: _Window, bins: int) -> tuple[int, int]:
 
 def _rebin(stat: Stat, exponent: int, first: int) -> Array:
     """Counts of `stat` in the wider bins of `exponent` that begin at `first`: int64 `[bins]`."""
+    if (exponent, first) == (int(stat["exponent"]), int(stat["first"])):
+        return np.asarray(stat["counts"])
     counts = np.zeros_like(stat["counts"])
     used = np.flatnonzero(stat["counts"])
     shift = min(exponent - int(stat["exponent"]), 62)

@@ -12,7 +12,7 @@ LIMIT = 10.0
 
 
 def row_weights(power: np.ndarray) -> np.ndarray:
-    """What each row counts, 0 to 1, float64; `power`: the mean or sum of the squares of each row. Rows of nothing have no say."""
+    """What each row counts, 0 to 1, float64; `power`: mean or sum of the squares of each row. Rows of nothing are not in the median."""
     seen = power[(power > 0) & np.isfinite(power)]
     limit = LIMIT * float(np.median(seen)) if seen.size else 1.0
     return np.asarray(limit / np.maximum(power, limit), np.float64)

@@ -20,7 +20,7 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import GraphqError, RecipeError
-from graphq.executor import BATCH, THREADS, Executor, Feeds, Fetch, run_ahead, sample_size, sample_step
+from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch, run_ahead, sample_size, sample_step
 from graphq.observers import Observer, Stat
 from graphq.recipe import changed_options
 from graphq.targets import Target
@@ -133,8 +133,8 @@ class PassContext:
         return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
 
 
-WHOLE = 8 << 20
-"""Elements of whole tensors that are taken out of a session at once, at most (but at least one sample)."""
+WHOLE = 24 << 20
+"""Elements of whole tensors that lie in memory at a time, at most (but at least one sample a batch)."""
 
 SAMPLED_BATCHES = 8
 """Batches, spread over the calibration set, from which a large tensor is subsampled: about 130,000 elements of it."""
@@ -150,7 +150,7 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     values = ir.values_by_name(model.graph)
     cheap = [fetch for fetch in fetches if fetch.view != "sample" or sample_step(ir.shape_of(values.get(fetch.value))) == 1]
     whole = sum(sample_size(ir.shape_of(values.get(fetch.value))) for fetch in fetches if fetch.view == "whole")
-    size = data.fixed_batch or (min(BATCH, max(1, WHOLE // whole)) if whole else BATCH)
+    size = data.fixed_batch or (min(BATCH, max(1, WHOLE // ((WORKERS + 1) * whole))) if whole else BATCH)
     every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
     end = len(data) // size * size or len(data) if data.fixed_batch else len(data)
     starts, stats, done = range(0, end, size), {observer: observer.init() for observer in observers}, 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from graphq import ir, linear, qdq, ranges, targets, twins
 from graphq.calibration import CalibrationSet, open_calibration
 from graphq.errors import DataError, ModelError
+from graphq.exclude import given_name
 from graphq.pipeline import Pass, PassContext, Progress, no_progress, run_passes
 from graphq.preprocess import Preprocess
 from graphq.quantizers import Uniform
@@ -39,6 +40,7 @@ class LayerSensitivity:
     """What quantizing one layer costs, as SQNR in dB; infinite where nothing changes.
 
     Attributes:
+        given_name: Of the node in the model as it came, which may have become several.
         output_db: Of the model's outputs, with this layer alone quantized to the first width.
         both_db: Of the layer's own output, weight and activation quantized, by width; nothing else is quantized.
         weight_db, activation_db: The same with one side quantized.
@@ -49,6 +51,7 @@ class LayerSensitivity:
     """
 
     name: str
+    given_name: str
     op_type: str
     output_db: float
     both_db: Mapping[int, float]
@@ -115,8 +118,9 @@ def sensitivity(model: str | Path, *, calib: str | Path | None = None, preproces
         both, weight, activation = ({width: row[index][side] for width, row in errors.items()} for side in range(3))
         inherited, total = together[index]
         rows.append(LayerSensitivity(
-            name=node.name or "", op_type=node.op_type, output_db=decibel(float(outputs[index])), both_db=both, weight_db=weight,
-            activation_db=activation, inherited_db=inherited.sqnr_db, total_db=total.sqnr_db, work=work[index], size=size[index],
+            name=node.name or "", given_name=given_name(node), op_type=node.op_type, output_db=decibel(float(outputs[index])),
+            both_db=both, weight_db=weight, activation_db=activation, inherited_db=inherited.sqnr_db, total_db=total.sqnr_db,
+            work=work[index], size=size[index],
         ))  # fmt: skip
     found = tuple(sorted(rows, key=lambda row: row.output_db))
     return Sensitivity(str(model), target, tuple(made), held_out.description, data.kind == "random", found)

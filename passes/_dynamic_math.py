@@ -12,7 +12,7 @@ from graphq.spec import PerAxis, QuantSpec
 
 
 def levels(bits: int, *, symmetric: bool = True) -> np.ndarray:
-    """Steps from zero to the end of a range, float32 of shape (): codes are -levels to levels, or 0 to levels, so nothing is clipped."""
+    """Steps from zero to the end of a range, float32 of shape (): codes are -levels to levels, or 0 to levels."""
     return np.asarray((1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1, np.float32)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from graphq import ir, linear, massive
+from graphq.exclude import is_excluded
 from graphq.passes import _bias
 from graphq.sweep import SweepStep
 
@@ -39,7 +39,7 @@ def refusal(model: ir.Model, node: ir.Node, exclude: Sequence[str]) -> str | Non
         exclude: Patterns (`*`, `?`) of node names or operator types that are left alone.
     """
     maker = ir.producer(linear.weight_of(node))
-    if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude):
+    if is_excluded(node, exclude):
         return "excluded by the recipe"
     if node.graph is not model.graph:
         return "it lies in a subgraph"

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from graphq import ir, linear, precision
 from graphq.errors import RecipeError
+from graphq.exclude import is_excluded
 from graphq.precision import Bits
 from graphq.targets import Target
 
@@ -108,7 +108,7 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
 
 def _is_product(node: ir.Node, exclude: Sequence[str]) -> bool:
     """Whether `node` multiplies two activations, as attention does."""
-    if node.domain or node.op_type != "MatMul" or _is_excluded(node, exclude):
+    if node.domain or node.op_type != "MatMul" or is_excluded(node, exclude):
         return False
     return all(ir.is_float(value) and ir.constant(value) is None for value in node.inputs)
 
@@ -137,7 +137,7 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     rule = target.ops.get(node.op_type) if node.domain == "" else None
     if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
         return ""
-    if _is_excluded(node, exclude):
+    if is_excluded(node, exclude):
         return "excluded by the recipe"
     if rule is None or not rule.anchor:
         return f"{target.name} has no integer kernel for {node.op_type}"
@@ -156,15 +156,11 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
 def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
     """Raises RecipeError for a pattern that names no node: it would have no effect."""
     for pattern in exclude:
-        if not any(_is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
+        if not any(is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
             raise RecipeError(
                 "An exclude pattern matches no node.", where=f"exclude: {pattern!r}",
                 expected="the name of a node, with * and ?, or an operator type", hint="`graphq inspect` lists the names",
             )  # fmt: skip
-
-
-def _is_excluded(node: ir.Node, exclude: Sequence[str]) -> bool:
-    return any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude)
 
 
 def fused_output(node: ir.Node, target: Target) -> ir.Value:
@@ -194,7 +190,7 @@ def _flow(model: ir.Model, target: Target, anchor_nodes: Sequence[ir.Node], excl
     quantized, found = {fused_output(node, target) for node in anchor_nodes if target.ops[node.op_type].quantized_output}, list[ir.Node]()
     for node in model.graph:
         rule = target.ops.get(node.op_type) if node.domain == "" else None
-        if rule is None or rule.anchor or _is_excluded(node, exclude):
+        if rule is None or rule.anchor or is_excluded(node, exclude):
             continue
         if all(value in quantized for value in _operands(node)) and len(node.outputs) == 1 and _operands(node):
             found.append(node)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from graphq import functions, ir, linear, precision
 from graphq.calibration import CalibrationSet
+from graphq.exclude import is_excluded
 from graphq.executor import BATCH, Executor, Fetch
 from graphq.passes._dynamic_math import levels
 from graphq.pipeline import PassContext
@@ -79,7 +79,7 @@ def find(model: ir.Model, ctx: PassContext, exclude: Sequence[str], bits: int) -
 
 
 def _refusal(node: ir.Node, exclude: Sequence[str]) -> str | None:
-    if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for pattern in exclude):
+    if is_excluded(node, exclude):
         return "excluded by the recipe"
     if node.op_type not in ("MatMul", "Gemm"):
         return "a position of its output sums over several rows, so that rows cannot have scales of their own"
@@ -98,10 +98,19 @@ def _refusal(node: ir.Node, exclude: Sequence[str]) -> str | None:
 
 def is_fixed(value: ir.Value | None) -> bool:
     """Whether `value` depends on constants only, such as the output of a DequantizeLinear of stored codes."""
-    maker = ir.producer(value)
-    if maker is None or not maker.inputs:
-        return ir.constant(value) is not None
-    return all(entry is None or is_fixed(entry) for entry in maker.inputs)
+    seen, stack = set[ir.Value](), [value]
+    while stack:
+        one = stack.pop()
+        maker = ir.producer(one)
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        if maker is None or not maker.inputs:
+            if ir.constant(one) is None:
+                return False
+        else:
+            stack += [entry for entry in maker.inputs if entry is not None]
+    return value is not None
 
 
 def rows(model: ir.Model, values: Sequence[ir.Value], data: CalibrationSet) -> dict[ir.Value, np.ndarray]:

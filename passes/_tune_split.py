@@ -6,13 +6,24 @@ The weight is cut instead of the activation, which saves a copy of everything at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from graphq import ir, linear
 from graphq.editor import Editor
+from graphq.exclude import PART_OF, given_name
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A value that is one part along `axis`, which it has kept (with size 1) or lost."""
+
+    value: ir.Value
+    axis: int
+    part: int
+    is_squeezed: bool
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class _Projection:
         columns: Output channels of each part, int64 [parts, channels].
         dim: The axis of the parts behind the Reshape.
         axis: The same where they are cut.
-        cuts: (value, part, whether it has lost the axis) of everything that is cut out.
+        cuts: Everything that is cut out.
     """
 
     layer: ir.Node
@@ -36,7 +47,7 @@ class _Projection:
     columns: np.ndarray
     dim: int
     axis: int
-    cuts: tuple[tuple[ir.Value, int, bool], ...]
+    cuts: tuple[_Cut, ...]
 
 
 def split_projection(edit: Editor, node: ir.Node) -> None:
@@ -44,13 +55,13 @@ def split_projection(edit: Editor, node: ir.Node) -> None:
     found = _find(node)
     if found is None:
         return
-    made = {part: _part(edit, found, part) for part in sorted({part for _, part, _ in found.cuts})}
-    for value, part, is_squeezed in found.cuts:
-        new = made[part]
-        if is_squeezed:
-            axes = edit.shared((found.axis,), f"{node.name}_part_axis", lambda: np.array([found.axis], np.int64), "int64")
-            new = edit.insert(_anchor(found), "Squeeze", [new, axes], output=f"{value.name}_part", like=value, after=True)
-        edit.replace(value, new)
+    made = {part: _part(edit, found, part) for part in sorted({cut.part for cut in found.cuts})}
+    for cut in found.cuts:
+        new = made[cut.part]
+        if cut.is_squeezed:
+            axes = edit.shared(("split-projection axis", found.axis), f"{node.name}_part_axis", lambda: np.array([found.axis]), "int64")
+            new = edit.insert(_anchor(found), "Squeeze", [new, axes], output=f"{cut.value.name}_part", like=cut.value, after=True)
+        edit.replace(cut.value, new)
 
 
 def _part(edit: Editor, found: _Projection, part: int) -> ir.Value:
@@ -67,12 +78,16 @@ def _part(edit: Editor, found: _Projection, part: int) -> ir.Value:
         if shape is not None:
             shape[axis] = size
         out.shape, out.type = None if shape is None else ir.Shape(shape), old.outputs[0].type
+        if old is layer:
+            for key, text in {**layer.metadata_props, PART_OF: given_name(layer)}.items():
+                edit.annotate(out.producer(), key, text)  # type: ignore[arg-type]
         return out
 
     def constant(value: ir.Value | None, axis: int, what: str) -> ir.Value:
         array = ir.constant(value)
         assert array is not None, "see _find"
-        return edit.initializer(f"{name}_{what}", np.take(array, columns, axis), str(array.dtype))
+        key = ("split-projection", value, found.dim, axis, part)
+        return edit.shared(key, f"{name}_{what}", lambda: np.take(array, columns, axis), str(array.dtype))
 
     operands = list(layer.inputs)
     index = linear.LINEAR_OPS[layer.op_type].weight
@@ -87,7 +102,7 @@ def _part(edit: Editor, found: _Projection, part: int) -> ir.Value:
     assert target is not None, "see _find"
     sizes = target.copy()
     sizes[found.dim] = 1
-    shape = edit.shared(("part", *sizes.tolist()), f"{name}_shape", lambda: sizes, "int64")
+    shape = edit.shared(("split-projection shape", *sizes.tolist()), f"{name}_shape", lambda: sizes, "int64")
     value = follow(found.reshape, [value, shape], found.dim, 1)
     return value if found.transpose is None else follow(found.transpose, [value], found.axis, 1)
 
@@ -113,18 +128,19 @@ def _find(node: ir.Node) -> _Projection | None:
     if after is not None and after.op_type == "Transpose":
         transpose = last = after
     tail = _tail(target.tolist(), channels)
-    perm = range(len(target)) if transpose is None else ir.attribute(transpose, "perm", range(len(target))[::-1])
-    cuts = tuple(_cuts(last.outputs[0], len(target)))
-    axes = {axis for axis, *_ in cuts}
-    if tail is None or len(axes) != 1 or last.outputs[0].is_graph_output():
+    cuts = [_cut(use.node, use.idx, len(target)) for use in ir.uses(last.outputs[0])]
+    if tail is None or last.outputs[0].is_graph_output() or not all(cuts):
         return None
-    (axis,) = axes
-    dim = perm[axis]
+    found = [cut for entry in cuts for cut in entry]
+    axis = found[0].axis
+    dim = axis if transpose is None else ir.attribute(transpose, "perm", range(len(target))[::-1])[axis]
     place = dim - (len(target) - len(tail))
-    if place < 0 or tail[place] < 2:
+    if place < 0 or tail[place] < 2 or any(cut.axis != axis or cut.part >= tail[place] for cut in found):
         return None
+    if len({cut.part for cut in found}) < len(found) and any(cut.value.is_graph_output() for cut in found):
+        return None  # one value cannot be two outputs
     columns = np.moveaxis(np.arange(channels).reshape(tail), place, 0).reshape(tail[place], -1)
-    return _Projection(node, add, reshape, transpose, columns, dim, axis, tuple((value, part, gone) for _, value, part, gone in cuts))
+    return _Projection(node, add, reshape, transpose, columns, dim, axis, tuple(found))
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
@@ -156,21 +172,19 @@ def _tail(sizes: list[int], channels: int) -> list[int] | None:
     return None
 
 
-def _cuts(value: ir.Value, rank: int) -> Iterator[tuple[int, ir.Value, int, bool]]:
-    """(axis, result, part, whether the axis is gone) of everything that reads `value`; an axis of -1 is that of no cut."""
-    for use in ir.uses(value):
-        node, nothing = use.node, (-1, value, 0, False)
-        constants = [ir.constant(entry) for entry in node.inputs[1:]]
-        if node.domain or use.idx != 0 or node.graph is not value.graph:
-            yield nothing
-        elif node.op_type == "Split":
-            axis = ir.attribute(node, "axis", 0) % rank
-            sizes = [shape[axis] if (shape := ir.shape_of(out)) is not None else None for out in node.outputs]
-            yield from ((axis if set(sizes) == {1} else -1, out, part, False) for part, out in enumerate(node.outputs))
-        elif node.op_type == "Gather" and constants[0] is not None and constants[0].ndim == 0 and constants[0] >= 0:
-            yield ir.attribute(node, "axis", 0) % rank, node.outputs[0], int(constants[0]), True
-        elif node.op_type == "Slice" and len(constants) >= 3 and all(entry is not None and entry.size == 1 for entry in constants):
-            first, end, axis = (int(entry.reshape(-1)[0]) for entry in constants[:3] if entry is not None)
-            yield (axis % rank, node.outputs[0], first, False) if 0 <= first == end - 1 else nothing
-        else:
-            yield nothing
+def _cut(node: ir.Node, index: int, rank: int) -> list[_Cut]:
+    """What `node` cuts out of the value of `rank` that is its input `index`; nothing if it does anything else."""
+    constants = [ir.constant(entry) for entry in node.inputs[1:]]
+    if node.domain or index != 0 or any(array is None for array in constants):
+        return []
+    given = [array.reshape(-1) for array in constants if array is not None]
+    if node.op_type == "Split":
+        axis = ir.attribute(node, "axis", 0) % rank
+        sizes = [shape[axis] if (shape := ir.shape_of(out)) is not None else None for out in node.outputs]
+        return [_Cut(out, axis, part, False) for part, out in enumerate(node.outputs)] if set(sizes) == {1} else []
+    if node.op_type == "Gather" and constants[0] is not None and constants[0].ndim == 0 and given[0][0] >= 0:
+        return [_Cut(node.outputs[0], ir.attribute(node, "axis", 0) % rank, int(given[0][0]), True)]
+    if node.op_type == "Slice" and len(given) >= 3 and all(array.size == 1 for array in given):
+        first, end, axis, step = (int(array[0]) for array in (*given, np.ones(1))[:4])
+        return [_Cut(node.outputs[0], axis % rank, first, False)] if 0 <= first == end - 1 and step == 1 else []
+    return []

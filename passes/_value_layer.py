@@ -53,17 +53,21 @@ def source(value: ir.Value) -> Source | None:
         if len(ir.uses(step)) != 1 or step.is_graph_output():
             return None
         layer = ir.producer(step)
-    if layer is None or (linear.bias_of(layer) is not None and _bias.find(layer) is None):
+    slot = _bias.find(layer) if layer is not None else None
+    if layer is None or (linear.bias_of(layer) is not None and slot is None):
+        return None
+    if slot is not None and slot[0].op_type == "DequantizeLinear":
         return None
     width = ir.constant_shape(linear.weight_of(layer))[linear.out_axis(layer)]
     shape = ir.shape_of(layer.outputs[0])
     if shape is None:
         return None
-    labels = np.broadcast_to(np.arange(width), [dim if isinstance(dim, int) else _UNKNOWN for dim in shape[:-1]] + [width])
+    sizes = [dim if isinstance(dim, int) else _UNKNOWN for dim in shape[:-1]]
+    labels = np.broadcast_to(np.arange(width, dtype=np.int32), [*sizes, width])
     try:
         for node in reversed(path):
             labels = _follow(node, labels)
-    except ValueError:
+    except (ValueError, IndexError):
         return None
     rows = labels.reshape(-1, labels.shape[-1])
     if rows.shape[1] != width or (rows != rows[0]).any() or len(np.unique(rows[0])) != width:
@@ -85,7 +89,8 @@ def _step(node: ir.Node) -> ir.Value | None:
         return node.inputs[1] if ir.constant(node.inputs[1]) is None else None
     for value in node.inputs if node.op_type == "Add" else ():
         maker = ir.producer(value)
-        if maker is not None and _is_layer(maker) and _bias.find(maker) is not None and _bias.find(maker)[0] is node:  # type: ignore[index]
+        slot = _bias.find(maker) if maker is not None and _is_layer(maker) else None
+        if slot is not None and slot[0] is node:
             return value
     return None
 

@@ -1,8 +1,8 @@
 """migrate: move the scale of outlier channels from activations into weights, before both are quantized.
 
-Per layer the exponent is searched on measured error, and nothing moves where that gains too little. The factor disappears
-into the normalization before the layer if nobody else reads its output; elsewhere it costs one element-wise Mul (and a shift
-a Sub).
+Per layer the exponent is searched on measured error, and nothing moves where that gains too little. The factor disappears into
+the normalization before the layer, or into the layer behind the attention that it reads, if nobody else reads that; elsewhere it
+costs one element-wise Mul (and a shift a Sub).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Migrate(Pass):
         shift: Whether to try taking the middle of each channel's range out of it too, where the layers have biases to put it into.
         activation_bits: Width that activations will be quantized to.
         weight_bits: The same for weights.
-        min_gain_db: What a layer's output error must gain for a factor that folds into the normalization before it.
+        min_gain_db: What a layer's output error must gain for a factor that folds into what is before it.
         min_gain_mul_db: The same for a factor that costs a Mul of its own.
         rows: Rows of activations on which the gain is measured, at most.
         exclude: Patterns of node names that are left alone.

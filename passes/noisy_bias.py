@@ -8,13 +8,13 @@ weights are rounded later are best followed by `bias-correct`. Main graph only.
 from __future__ import annotations
 
 import zlib
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
+from graphq.exclude import is_excluded
 from graphq.passes import _bias, _center, _pairs, _placement, _token_layers
 from graphq.passes import _noisy_bias_math as math
 from graphq.passes._pairs import Pair
@@ -88,7 +88,7 @@ class NoisyBias(Pass):
 
     def _refusal(self, value: ir.Value, nodes: list[ir.Node], pair: Pair | None, target: Target) -> str | None:
         """Why what `pair` makes and `nodes` read cannot get noise."""
-        if any(fnmatchcase(node.name or "", pattern) or pattern == node.op_type for node in nodes for pattern in self.exclude):
+        if any(is_excluded(node, self.exclude) for node in nodes):
             return "excluded by the recipe"
         if any(node.op_type not in ("MatMul", "Gemm") for node in nodes):
             return "where a convolution pads there is no noise, so that its bias could not take it back"

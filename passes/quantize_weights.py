@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq
 from graphq.errors import TargetError
+from graphq.exclude import is_excluded
 from graphq.passes import _tables
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import Uniform
@@ -30,7 +30,7 @@ class QuantizeWeights(Pass):
         fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped; 0 leaves them float.
         tables: Whether to store large embedding tables with 8 bits.
         op_types: Operator types to take.
-        exclude: Patterns of node names that stay float.
+        exclude: Patterns of node names (or operator types) that stay float.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -77,7 +77,7 @@ class QuantizeWeights(Pass):
 
     def _format(self, node: ir.Node) -> QuantSpec | str:
         """What the weight of `node` becomes, or why it stays float."""
-        if any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude):
+        if is_excluded(node, self.exclude):
             return "excluded by the recipe"
         if reason := linear.linear_refusal(node):
             return reason

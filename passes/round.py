@@ -1,8 +1,7 @@
 """round: store weights as integers that are rounded for what their layer computes, not each weight for itself.
 
-Layer by layer, each seeing what the rounded layers before it produce. With `repair`, the weight is first refitted to the
-reference's output as `aqer` does, from the same sums, which also makes good what the layers before it lost. See `_round_math`
-for the algorithms.
+Layer by layer, each seeing what the rounded layers before it produce. With `repair`, the weight is first refitted as `aqer` does,
+from the same sums. See `_round_math` for the algorithms.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from onnx import numpy_helper, parser
 from graphq import ir, sensitivity
 from graphq.calibration import open_calibration
 from graphq.errors import DataError, ModelError, TargetError
+from graphq.exclude import given_name
 from graphq.executor import Executor, Fetch
 from graphq.models import digits, onnx_path
 from graphq.passes.insert_qdq import InsertQdq
@@ -138,6 +139,17 @@ def test_the_recipe_is_int8_with_these_layers_excluded(found: Sensitivity) -> No
     assert recipe.gates == base.gates and len(recipe.passes) == len(base.passes)
     assert [replace(one, exclude=()) if isinstance(one, InsertQdq) else one for one in recipe.passes] == list(base.passes)
     assert next(one for one in recipe.passes if isinstance(one, InsertQdq)).exclude == tuple(names)
+
+
+def test_a_layer_that_is_cut_apart_is_kept_float_by_the_name_that_it_came_with(found: Sensitivity) -> None:
+    part = next(layer for layer in found.layers if layer.name != layer.given_name)
+    model = ir.load(onnx_path("digits_vit"))
+    assert part.given_name in {node.name for node in model.graph} and part.name not in {node.name for node in model.graph}
+    data = open_calibration("random", ir.inputs(model))
+    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("onnxruntime"))
+    run_passes(keeping_float([part.given_name], "onnxruntime").passes, ctx, verify_graph)
+    parts = [node for node in ctx.model.graph if given_name(node) == part.given_name]
+    assert len(parts) == 3 and all(ir.constant(node.inputs[1]) is not None for node in parts)
 
 
 CHAIN = """

@@ -63,6 +63,7 @@ def test_json_is_alone_on_stdout(run: Run, calib: Path, tmp_path: Path) -> None:
     worst = found["layers"][0]
     assert set(worst) == {
         "name",
+        "given_name",
         "op_type",
         "output_db",
         "both_db",

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from graphq import ir
 from graphq.editor import Editor
+from graphq.exclude import given_name, is_excluded
 from graphq.passes._tune_split import split_projection
 from graphq.verify import verify_graph
 
@@ -19,9 +20,9 @@ RNG = np.random.default_rng(0)
 CONSTANTS: dict[str, np.ndarray] = {
     "w": RNG.standard_normal((C, 3 * H * D)).astype(np.float32), "wt": RNG.standard_normal((3 * H * D, C)).astype(np.float32),
     "b": RNG.standard_normal(3 * H * D).astype(np.float32), "one": np.array([1]), "ones": np.array([1, 1, 1]),
-    **{f"i{index}": np.array([index]) for index in range(4)}, **{f"g{index}": np.array(index) for index in range(3)},
+    **{f"i{index}": np.array([index]) for index in range(5)}, **{f"g{index}": np.array(index) for index in range(3)},
     "first": np.array([-1, T, 3, H, D]), "middle": np.array([-1, T, H, 3, D]), "last": np.array([0, 0, H, D, 3]),
-    "flat": np.array([-1, 3, H, D]),
+    "flat": np.array([-1, 3, H, D]), "wide": np.array([-1, T, 3 * H, D]), "back": np.array([-1]),
 }  # fmt: skip
 LAYER = "m = MatMul(x, w) v = Add(b, m) "
 SLICES = "".join(f" s{i} = Slice(t, i{i}, i{i + 1}, i{{axis}}) {o} = Squeeze(s{i}, i{{axis}})" for i, o in enumerate("qkz"))
@@ -40,13 +41,18 @@ OTHERS = {
     "cut along heads": LAYER + "t = Reshape(v, first) q = Gather<axis=3>(t, g0) k = Gather<axis=2>(t, g1) z = Neg(k)",
     "cut along tokens": LAYER + "t = Reshape(v, first) q = Gather<axis=1>(t, g0) k = Gather<axis=1>(t, g1) z = Neg(k)",
     "the sum is returned": "m = MatMul(x, w) z = Add(m, b) t = Reshape(z, first) q = Gather<axis=2>(t, g0) k = Neg(q)",
+    "no part at all": LAYER + "r = Reshape(v, wide) t = Transpose<perm=[0,2,1,3]>(r) q = Relu(t) k = Neg(t) z = Abs(t)",
+    "a Reshape alone": LAYER + "r = Reshape(v, wide) q = Relu(r) k = Neg(q) z = Neg(k)",
+    "a part that is not there": LAYER + "t = Reshape(v, first) q = Slice(t, i3, i4, i2) k = Neg(q) z = Neg(k)",
+    "backwards": LAYER + "t = Reshape(v, first) q = Slice(t, i0, i1, i2, back) k = Neg(q) z = Neg(k)",
+    "one part returned twice": LAYER + "t = Reshape(v, first) q = Gather<axis=2>(t, g0) k = Gather<axis=2>(t, g0) z = Neg(q)",
     "the bias is no constant": "m = MatMul(x, w) u = Relu(b) v = Add(m, u) t = Reshape(v, first) q = Gather<axis=2>(t, g0)"
     " k = Neg(q) z = Neg(k)",
 }
 
 
-def split(body: str, declared: str = f"float[N,{T},{C}] x") -> tuple[ir.Model, ir.Model]:
-    """The model before and after, pruned and checked."""
+def split(body: str, declared: str = f"float[N,{T},{C}] x") -> tuple[ir.Model, ir.Model, bool]:
+    """The model before and after, pruned and checked, and whether anything was changed."""
     head = '<ir_version: 10, opset_import: ["" : 21]>'
     proto = parser.parse_model(f"{head} g ({declared}) => (float[] q, float[] k, float[] z) {{ {body} }}")
     used = {name for node in proto.graph.node for name in node.input}
@@ -57,9 +63,10 @@ def split(body: str, declared: str = f"float[N,{T},{C}] x") -> tuple[ir.Model, i
     after = ir.clone(model)
     edit = Editor(after)
     split_projection(edit, after.graph[0])
+    changed = bool(edit.edits)
     edit.prune()
     verify_graph(after)
-    return model, after
+    return model, after, changed
 
 
 def outputs(model: ir.Model, x: np.ndarray) -> list[Any]:
@@ -68,7 +75,7 @@ def outputs(model: ir.Model, x: np.ndarray) -> list[Any]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_part_gets_a_product_of_its_own(form: str) -> None:
-    before, after = split(FORMS[form])
+    before, after, _ = split(FORMS[form])
     x = RNG.standard_normal((2, T, C)).astype(np.float32)
     for old, new in zip(outputs(before, x), outputs(after, x), strict=True):
         assert old.shape == new.shape
@@ -84,7 +91,7 @@ def test_every_part_gets_a_product_of_its_own(form: str) -> None:
 def test_a_gemm_is_cut_along_its_own_axis(bias: str) -> None:
     parts = " ".join(f"{out} = Gather<axis=1>(t, g{index})" for index, out in enumerate("qkz"))
     body = f"v = Gemm<transB=1>(x, wt{bias}) t = Reshape(v, flat) {parts}"
-    before, after = split(body, f"float[N,{C}] x")
+    before, after, _ = split(body, f"float[N,{C}] x")
     x = RNG.standard_normal((4, C)).astype(np.float32)
     for old, new in zip(outputs(before, x), outputs(after, x), strict=True):
         np.testing.assert_allclose(new, old, atol=1e-6)
@@ -93,5 +100,32 @@ def test_a_gemm_is_cut_along_its_own_axis(bias: str) -> None:
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_everything_else_stays(case: str) -> None:
-    before, after = split(OTHERS[case])
-    assert [node.op_type for node in after.graph] == [node.op_type for node in before.graph]
+    before, after, changed = split(OTHERS[case])
+    assert not changed and [node.name for node in after.graph] == [node.name for node in before.graph]
+
+
+def test_parts_remember_what_they_are_parts_of() -> None:
+    """So that patterns of names that a user knows still fit, and what was asked for the layer holds for its parts."""
+    proto, after, _ = split("[qkv] v = MatMul(x, w) t = Reshape(v, first)" + SLICES.format(axis=2))
+    parts = [node for node in after.graph if node.op_type == "MatMul"]
+    assert [given_name(node) for node in parts] == ["qkv"] * 3 and len({node.name for node in parts}) == 3
+    assert all(is_excluded(node, ["qk*"]) and is_excluded(node, [node.name or ""]) for node in parts)
+    assert not any(is_excluded(node, ["q", "Conv"]) for node in parts) and is_excluded(parts[0], ["MatMul"])
+
+
+def test_one_weight_of_several_layers_is_cut_once() -> None:
+    body = (
+        "a = MatMul(x, w) r = Reshape(a, first) q = Gather<axis=2>(r, g0) m = MatMul(u, w) t = Reshape(m, first) k = Gather<axis=2>(t, g0)"
+    )
+    proto = parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (float[N,{T},{C}] x, float[N,{T},{C}] u) => (float[] q, float[] k) {{ {body} }}'
+    )
+    used = {name for node in proto.graph.node for name in node.input}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in CONSTANTS.items() if name in used)
+    model = ir.onnx_ir.from_proto(ir.onnx.shape_inference.infer_shapes(proto))
+    edit = Editor(model)
+    for node in list(model.graph):
+        split_projection(edit, node)
+    edit.prune()
+    weights = [node.inputs[1] for node in model.graph if node.op_type == "MatMul"]
+    assert len(weights) == 2 and len(set(weights)) == 1 and ir.constant_shape(weights[0]) == (C, H * D)
