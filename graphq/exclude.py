@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from graphq import ir
+from graphq.errors import RecipeError
 
 PART_OF = "graphq.part_of"
 """Metadata entry of a node that is a part of a node of the model as it came: the name of that."""
@@ -20,3 +21,13 @@ def is_excluded(node: ir.Node, patterns: Sequence[str]) -> bool:
     """Whether a pattern (`*`, `?`) fits the name of `node`, now or as it came, or is its operator type."""
     names = {node.name or "", given_name(node)}
     return any(pattern == node.op_type or any(fnmatchcase(name, pattern) for name in names) for pattern in patterns)
+
+
+def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
+    """Raises RecipeError for a pattern that names no node: it would have no effect."""
+    for pattern in exclude:
+        if not any(is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
+            raise RecipeError(
+                "An exclude pattern matches no node.", where=f"exclude: {pattern!r}",
+                expected="the name of a node, with * and ?, or an operator type", hint="`graphq inspect` lists the names",
+            )  # fmt: skip

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphq import ir, linear, precision
-from graphq.errors import RecipeError
 from graphq.exclude import is_excluded
 from graphq.precision import Bits
 from graphq.targets import Target
@@ -151,16 +150,6 @@ def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: 
     if _is_coded(data) or (ir.producer(data) is not None and ir.producer(data).op_type == "DequantizeLinear"):  # type: ignore[union-attr]
         return "it is quantized already"
     return linear.linear_refusal(node)
-
-
-def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
-    """Raises RecipeError for a pattern that names no node: it would have no effect."""
-    for pattern in exclude:
-        if not any(is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
-            raise RecipeError(
-                "An exclude pattern matches no node.", where=f"exclude: {pattern!r}",
-                expected="the name of a node, with * and ?, or an operator type", hint="`graphq inspect` lists the names",
-            )  # fmt: skip
 
 
 def fused_output(node: ir.Node, target: Target) -> ir.Value:

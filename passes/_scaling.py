@@ -12,6 +12,7 @@ import numpy as np
 
 from graphq import ir, linear
 from graphq.editor import Editor
+from graphq.exclude import is_excluded
 from graphq.passes import _value_layer
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -25,11 +26,20 @@ def matrix(node: ir.Node) -> np.ndarray:
     return weight.T if linear.in_axis(node) else weight
 
 
-def can_fold(value: ir.Value, nodes: Sequence[ir.Node], *, shift: bool = False) -> bool:
-    """Whether what makes `value`, for `nodes` alone, can take the change: a factor, and a `shift` with it."""
+def can_fold(value: ir.Value, nodes: Sequence[ir.Node], *, shift: bool = False, exclude: Sequence[str] = ()) -> bool:
+    """Whether what makes `value`, for `nodes` alone, can take the change: a factor, and a `shift` with it.
+
+    Args:
+        exclude: Patterns of layers that stay as they are.
+    """
     if value.is_graph_output() or {use.node for use in ir.uses(value)} != set(nodes):
         return False
-    return _takes(value.producer(), len(matrix(nodes[0])), shift) or (not shift and _value_layer.source(value) is not None)
+    return _takes(value.producer(), len(matrix(nodes[0])), shift) or (not shift and _layer_behind(value, exclude) is not None)
+
+
+def _layer_behind(value: ir.Value, exclude: Sequence[str]) -> _value_layer.Source | None:
+    found = _value_layer.source(value)
+    return None if found is None or is_excluded(found.layer, exclude) else found
 
 
 def _takes(norm: ir.Node | None, channels: int, shift: bool) -> bool:
@@ -42,16 +52,18 @@ def _takes(norm: ir.Node | None, channels: int, shift: bool) -> bool:
     return all(array is not None and array.shape == (channels,) for array in arrays)
 
 
-def divide(edit: Editor, value: ir.Value, nodes: Sequence[ir.Node], k: np.ndarray, c: np.ndarray | None = None) -> ir.Value:
+def divide(edit: Editor, value: ir.Value, nodes: Sequence[ir.Node], k: np.ndarray, c: np.ndarray | None = None, *,
+           exclude: Sequence[str] = ()) -> ir.Value:  # fmt: skip
     """Let `nodes`, all of which read `value`, read `(value - c) / k` instead, which is returned.
 
     Args:
         k: Positive, float32 of shape (D,).
         c: Float of shape (D,); None or zeros for no shift.
+        exclude: Patterns of layers that stay as they are.
     """
     maker, shifts = value.producer(), c is not None and bool(c.any())
-    if can_fold(value, nodes, shift=shifts):
-        layer = _value_layer.source(value)
+    if can_fold(value, nodes, shift=shifts, exclude=exclude):
+        layer = _layer_behind(value, exclude)
         if layer is not None:
             layer.divide(edit, k)
             return value

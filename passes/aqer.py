@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
+from graphq.exclude import require_matches
 from graphq.passes import _aqer_math as math
-from graphq.passes import _bias, _layer_rows, _placement
+from graphq.passes import _bias, _layer_rows
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
 
@@ -37,7 +38,7 @@ class Aqer(Pass):
     exclude: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
         nodes = []
         for node in _layer_rows.candidates(model):
             reason = _layer_rows.refusal(model, node, self.exclude)

@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, precision
+from graphq.exclude import require_matches
 from graphq.observers import ChannelRange
 from graphq.passes import _cross_scale_math as math
-from graphq.passes import _placement, _scaling, _token_layers
+from graphq.passes import _scaling, _token_layers
 from graphq.passes._token_layers import TokenLayers
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
@@ -66,7 +67,7 @@ class CrossScale(Pass):
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         layers = self._layers(model, ctx)
@@ -96,7 +97,7 @@ class CrossScale(Pass):
         return {key: nodes for key, nodes in layers.items() if nodes}
 
     def _cross(self, ctx: PassContext, value: ir.Value, nodes: list[ir.Node], k: np.ndarray, alpha: float, bits: int) -> None:
-        moved = _scaling.divide(ctx.edit, value, nodes, k)
+        moved = _scaling.divide(ctx.edit, value, nodes, k, exclude=self.exclude)
         for node in nodes:
             _scaling.multiply(ctx.edit, node, k)
         if self.rows == "scaled":

@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from graphq import ir
-from graphq.passes import _placement, _token_layers
+from graphq.exclude import require_matches
+from graphq.passes import _token_layers
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -34,7 +35,7 @@ class DynamicActivations(Pass):
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         for (value, bits), nodes in _token_layers.find(model, ctx, self.exclude, self.bits).items():

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq, ranges
 from graphq.errors import TargetError
+from graphq.exclude import require_matches
 from graphq.passes import _bias, _center, _formats, _layer_error, _placement, _tables
 from graphq.passes._formats import Format
 from graphq.passes._layer_error import LayerError
@@ -70,7 +71,7 @@ class InsertQdq(Pass):
     center: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
         if self.allow_no_effect:
             return
         spec = replace(target.activation, bits=4 if self.activation_bits == 4 else 8)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
+from graphq.exclude import require_matches
 from graphq.observers import ChannelRange, Range, Rows, Stat
 from graphq.passes import _bias, _placement, _scaling
 from graphq.passes import _migrate_math as math
@@ -34,7 +35,7 @@ class Migrate(Pass):
         min_gain_db: What a layer's output error must gain for a factor that folds into what is before it.
         min_gain_mul_db: The same for a factor that costs a Mul of its own.
         rows: Rows of activations on which the gain is measured, at most.
-        exclude: Patterns of node names that are left alone.
+        exclude: Patterns of node names (or operator types) that are left alone.
     """
 
     name: ClassVar[str] = "migrate"
@@ -50,6 +51,9 @@ class Migrate(Pass):
     min_gain_mul_db: Annotated[float, Field(ge=0)] = 3.0
     rows: Annotated[int, Field(ge=16)] = 128
     exclude: tuple[str, ...] = ()
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        require_matches(model, self.exclude)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         layers = self._layers(model, ctx.target)
@@ -70,14 +74,14 @@ class Migrate(Pass):
                 shifted_k, shifted_noise = math.best(layer.shifted(middle), self.rule, self.alphas)
                 if shifted_noise < noise:
                     k, noise, c = shifted_k, shifted_noise, middle
-            gain, folds = math.decibel(plain, noise), _scaling.can_fold(value, nodes, shift=bool(c.any()))
+            gain, folds = math.decibel(plain, noise), _scaling.can_fold(value, nodes, shift=bool(c.any()), exclude=self.exclude)
             if gain < (self.min_gain_db if folds else self.min_gain_mul_db):
                 continue
             for node in nodes if c.any() else ():
                 _bias.shift(ctx.edit, node, c @ _scaling.matrix(node).astype(np.float64))
             for node in nodes:
                 _scaling.multiply(ctx.edit, node, k)
-            moved = _scaling.divide(ctx.edit, value, nodes, k, c)
+            moved = _scaling.divide(ctx.edit, value, nodes, k, c, exclude=self.exclude)
             ranges[moved.name or ""] = math.scaled_range(layer.low - c, layer.high - c, k)
             ctx.measure(value.name or "", gain_db=gain, folded=folds, shifted=bool(c.any()))
         for name, (least, most) in ranges.items():

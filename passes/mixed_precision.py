@@ -22,6 +22,7 @@ from pydantic import Field
 
 from graphq import ir, linear, precision, qdq, twins
 from graphq.errors import RecipeError, TargetError
+from graphq.exclude import require_matches
 from graphq.executor import Executor, Fetch
 from graphq.passes import _formats, _layer_latency, _placement
 from graphq.passes import _mixed_precision_math as allocation
@@ -97,7 +98,7 @@ class MixedPrecision(Pass):
                     f"{target.name} does not take {stored[wrong[0]]} {side}s.", where=f"{side}_bits: {wrong[0]}",
                     expected=f"bits stored as {' or '.join(sorted(known))}",
                 )  # fmt: skip
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
         if not self.allow_no_effect and not self._place(model, target).anchors:
             raise TargetError(
                 "There is no layer to choose widths for.", expected="at least one Conv, Gemm or MatMul with a constant float32 weight",

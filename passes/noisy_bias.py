@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
-from graphq.exclude import is_excluded
-from graphq.passes import _bias, _center, _pairs, _placement, _token_layers
+from graphq.exclude import is_excluded, require_matches
+from graphq.passes import _bias, _center, _pairs, _token_layers
 from graphq.passes import _noisy_bias_math as math
 from graphq.passes._pairs import Pair
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -41,7 +41,7 @@ class NoisyBias(Pass):
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         pairs = self._pairs(model, ctx)

@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
-from graphq.passes import _bias, _layer_rows, _placement
+from graphq.exclude import require_matches
+from graphq.passes import _bias, _layer_rows
 from graphq.passes import _prune_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import damped
@@ -51,7 +52,7 @@ class Prune(Pass):
             raise ValueError(f"n must be less than m, not {self.n} of {self.m}")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
         nodes = []
         for node in _layer_rows.candidates(model):
             reason = _layer_rows.refusal(model, node, self.exclude) or self._refusal(node)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq
 from graphq.errors import TargetError
-from graphq.exclude import is_excluded
+from graphq.exclude import is_excluded, require_matches
 from graphq.passes import _tables
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import Uniform
@@ -43,6 +43,7 @@ class QuantizeWeights(Pass):
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
+        require_matches(model, self.exclude)
         if (storage := _spec(self.bits).storage) not in target.storage:
             raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
                               expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip

@@ -15,8 +15,9 @@ from pydantic import Field
 from graphq import ir, linear, precision, qdq
 from graphq.editor import Editor
 from graphq.errors import TargetError
+from graphq.exclude import require_matches
 from graphq.passes import _aqer_math as aqer
-from graphq.passes import _bias, _layer_rows, _placement
+from graphq.passes import _bias, _layer_rows
 from graphq.passes import _round_math as math
 from graphq.passes._layer_rows import Layer, Sums
 from graphq.passes._round_math import Rounded
@@ -72,7 +73,7 @@ class Round(Pass):
                 self._spec(bits, target)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        _placement.require_matches(model, self.exclude)
+        require_matches(model, self.exclude)
         formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
         opsets = [spec.opset for spec in formats if isinstance(spec, QuantSpec)]
         if opsets:
