@@ -63,4 +63,4 @@ def test_low_bit_quantizers_of_a_real_model(passes: str, assets: ModuleType, tmp
     model, out = ASSETS / "models" / "vit_tiny_patch16_224.onnx", tmp_path / "m.engine"
     calib = assets.calibration("vit_tiny_patch16_224", 8)
     report = graphq.convert(model, out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
-    assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 15
+    assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 12
