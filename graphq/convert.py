@@ -70,7 +70,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         targets.require_legal(original, goal)
         if report_dir is not None:
             report.check_folder(report_dir)
-        data = _open_data(calib, original, preprocess, seed)
+        data = open_data(calib, original, preprocess, seed)
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
@@ -136,7 +136,8 @@ def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) ->
         )  # fmt: skip
 
 
-def _open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
+def open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
+    """Calibration data for `model`, random numbers without any; a model that graphq wrote remembers its preprocessing."""
     stored = model.metadata_props.get("graphq.preprocess")
     chosen = preprocess if preprocess is not None or stored is None else Preprocess.from_json(stored)
     data = open_calibration("random" if calib is None else calib, ir.inputs(model), preprocess=chosen, seed=seed)

@@ -15,11 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from graphq import ir, linear, qdq, ranges, targets, twins
-from graphq.calibration import CalibrationSet, open_calibration
-from graphq.errors import DataError, ModelError
+from graphq.convert import open_data
+from graphq.errors import ModelError
 from graphq.exclude import given_name
 from graphq.pipeline import Pass, PassContext, Progress, no_progress, run_passes
-from graphq.preprocess import Preprocess
 from graphq.quantizers import Uniform
 from graphq.recipe import Recipe, load_recipe
 from graphq.targets import Target
@@ -100,7 +99,7 @@ def sensitivity(model: str | Path, *, calib: str | Path | None = None, preproces
     """
     goal = targets.get_target(target)
     original = ir.load(model)
-    data = _open_data(calib, original, preprocess, seed)
+    data = open_data(calib, original, preprocess, seed)
     calibration, held_out = data.take(RANGE_SAMPLES + samples).split(max(1, min(samples, len(data) // 2)))
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                       progress=progress)  # fmt: skip
@@ -189,12 +188,3 @@ def _pattern(name: str, target: Target) -> str:
     """A pattern of `exclude` that `name` alone matches: nothing in it is a wildcard, and it is no operator type."""
     pattern = glob.escape(name)
     return f"[{name[0]}]{name[1:]}" if pattern in {*linear.LINEAR_OPS, *target.ops} else pattern
-
-
-def _open_data(calib: str | Path | None, model: ir.Model, preprocess: str | Path | None, seed: int) -> CalibrationSet:
-    stored = model.metadata_props.get("graphq.preprocess")
-    chosen = preprocess if preprocess is not None or stored is None else Preprocess.from_json(stored)
-    data = open_calibration("random" if calib is None else calib, ir.inputs(model), preprocess=chosen, seed=seed)
-    if not len(data):
-        raise DataError("There are no calibration samples.", where=data.source)
-    return data

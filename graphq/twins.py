@@ -113,20 +113,19 @@ def effects(model: ir.Model, twins: Sequence[Twin], data: CalibrationSet, progre
         ModelError: no output is float.
     """
     disturbed = _Disturbed(model, [twin.layer for twin in twins])
-    noise, power = np.zeros((len(twins), len(disturbed.outputs))), np.zeros(len(disturbed.outputs))
+    plains = [disturbed.run(batch) for batch in data.batches(BATCH)]
+    noise, power = np.zeros((len(twins), len(disturbed.outputs))), np.sum([[_power(array) for array in plain] for plain in plains], axis=0)
     done = 0
-    for batch in data.batches(BATCH):
-        plain = disturbed.run(batch)
-        power += [_power(array) for array in plain]
-        for start in range(0, len(twins), TWINS_AT_ONCE):
-            probe = _Probe(model)
-            errors = [probe.twin_error(twin) for twin in twins[start : start + TWINS_AT_ONCE]]
-            arrays = Executor(probe.model, [Fetch(error.name or "") for error in errors]).run(batch)
-            for index, array in enumerate(arrays, start):
+    for start in range(0, len(twins), TWINS_AT_ONCE):
+        probe = _Probe(model)
+        errors = [probe.twin_error(twin) for twin in twins[start : start + TWINS_AT_ONCE]]
+        executor = Executor(probe.model, [Fetch(error.name or "") for error in errors])
+        for batch, plain in zip(data.batches(BATCH), plains, strict=True):
+            for index, array in enumerate(executor.run(batch), start):
                 changed = disturbed.run(batch, twins[index].layer, array)
                 with np.errstate(invalid="ignore"):
                     noise[index] += [_power(one - other) for one, other in zip(changed, plain, strict=True)]
-            done += len(arrays) * len(next(iter(batch.values())))
+            done += len(errors) * len(next(iter(batch.values())))
             progress("measure effects", done, len(twins) * len(data))
     return np.asarray((noise / np.maximum(power, 1e-30)).mean(1))
 
