@@ -5,20 +5,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 import graphq
 from graphq import accuracy, ir, kernels_used, linear, report, targets, verify
 from graphq.backends import files
-from graphq.calibration import CalibrationSet, open_calibration
-from graphq.errors import DataError, ModelError, RecipeError, UsageError, VerifyError
+from graphq.calibration import CalibrationSet
+from graphq.data import Source, open_data
+from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
 from graphq.executor import Executor
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import Preprocess
@@ -31,7 +30,6 @@ HELD_OUT = 8
 """Samples kept back for verification, at most a quarter of what there is."""
 
 Emit = Literal["onnx", "engine"]
-Source = str | Path | Mapping[str, np.ndarray] | Iterable[Any]
 
 
 def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe = "int8", calib: Source | None = None,
@@ -134,16 +132,6 @@ def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) ->
             "The first pass of the recipe is not normalize.", where=f"recipe {plan.name}",
             expected="- normalize before all others, which rely on the form it gives to a model",
         )  # fmt: skip
-
-
-def open_data(calib: Source | None, model: ir.Model, preprocess: str | Path | Preprocess | None, seed: int) -> CalibrationSet:
-    """Calibration data for `model`, random numbers without any; a model that graphq wrote remembers its preprocessing."""
-    stored = model.metadata_props.get("graphq.preprocess")
-    chosen = preprocess if preprocess is not None or stored is None else Preprocess.from_json(stored)
-    data = open_calibration("random" if calib is None else calib, ir.inputs(model), preprocess=chosen, seed=seed)
-    if not len(data):
-        raise DataError("There are no calibration samples.", where=data.source)
-    return data
 
 
 def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path) -> Measured:

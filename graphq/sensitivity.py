@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from graphq import ir, linear, qdq, ranges, targets, twins
-from graphq.convert import open_data
+from graphq.data import open_data
 from graphq.errors import ModelError
 from graphq.exclude import given_name
 from graphq.pipeline import Pass, PassContext, Progress, no_progress, run_passes
