@@ -132,10 +132,11 @@ def main() -> None:
         for row in pool.map(partial(measure, calib=arguments.calib, extra=arguments.extra), chosen):
             rows.append(row)
             print(row, flush=True)
-            write(sorted(rows, key=lambda row: [model for model, *_ in chosen].index(row["model"])), arguments)
+            write(sorted(rows, key=lambda row: [model for model, *_ in chosen].index(row["model"])), len(chosen), arguments)
 
 
-def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace) -> None:
+    """The tables, as far as they are measured: a run may be stopped."""
     columns = ["model", "bits", "what", "dev", *(["extra"] if arguments.extra else []), "sqnr_db", "size", "seconds"]
     titles = {
         "what": "ingredients",
@@ -155,7 +156,7 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     head = [
         "# Low-bit recipes, ingredient by ingredient", "",
         f"`python benchmarks/lowbit.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
-        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images.", "",
+        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images. {len(rows)} of {total} rows.", "",
     ]  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "lowbit.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")

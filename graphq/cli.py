@@ -223,8 +223,9 @@ def sensitivity(
             raise UsageError(
                 "Nothing would be quantized: every layer stays float.", where=str(write_recipe), expected="fewer layers to keep"
             )
-        write_recipe.write_text(keeping_float(list(dict.fromkeys(layer.given_name for layer in worst)), target).to_yaml(), encoding="utf-8")
-        console.say(f"{write_recipe}: the recipe int8 with {len(worst)} layers left float", stderr=as_json)
+        names = list(dict.fromkeys(layer.given_name for layer in worst))  # several may be parts of one layer
+        write_recipe.write_text(keeping_float(names, target).to_yaml(), encoding="utf-8")
+        console.say(f"{write_recipe}: the recipe int8 with {len(names)} layers left float", stderr=as_json)
 
 
 def _check_recipe_options(path: Path | None, keep_float: int | None, min_sqnr: float | None) -> None:
