@@ -196,7 +196,7 @@ def rounding_job(images: str) -> Row:
     for step in ctx.sweep(nodes):
         weight = _layer_rows.Layer(step.node).weight()
         weights += weight.size
-        train, held = timed("sums", lambda step=step: _layer_rows.collect(step, None, 0))
+        train, held = timed("sums", lambda step=step: _layer_rows.collect(step, 0))
         gram = math.damped((train + held).centred_gram, train.count + held.count)
         qparams = timed("scales", lambda weight=weight, gram=gram: math.fit(weight, spec, np.einsum("gdd->gd", gram)))
         grid = math.Grid.of(qparams, spec, weight.shape)

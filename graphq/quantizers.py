@@ -50,6 +50,10 @@ class QParams:
             raise ValueError(f"scales must be finite and at least {MIN_SCALE:g}")
 
 
+Format = tuple[QuantSpec, QParams]
+"""How a value is quantized."""
+
+
 def qparams_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
     """Shape of scale and zero point for a tensor of `shape`, as QuantizeLinear wants it.
 

@@ -18,11 +18,12 @@ from graphq import ir, linear, qdq, ranges, targets, twins
 from graphq.data import open_data
 from graphq.errors import ModelError
 from graphq.exclude import given_name
+from graphq.noise import decibel
 from graphq.pipeline import Pass, PassContext, Progress, no_progress, run_passes
 from graphq.quantizers import Uniform
 from graphq.recipe import Recipe, load_recipe
 from graphq.targets import Target
-from graphq.twins import Twin, decibel
+from graphq.twins import Twin
 from graphq.verify import verify_graph
 
 RANGE_SAMPLES = 64
@@ -117,7 +118,7 @@ def sensitivity(model: str | Path, *, calib: str | Path | None = None, preproces
         both, weight, activation = ({width: row[index][side] for width, row in errors.items()} for side in range(3))
         inherited, total = together[index]
         rows.append(LayerSensitivity(
-            name=node.name or "", given_name=given_name(node), op_type=node.op_type, output_db=decibel(float(outputs[index])),
+            name=node.name or "", given_name=given_name(node), op_type=node.op_type, output_db=decibel(1.0, float(outputs[index])),
             both_db=both, weight_db=weight, activation_db=activation, inherited_db=inherited.sqnr_db, total_db=total.sqnr_db,
             work=work[index], size=size[index],
         ))  # fmt: skip

@@ -7,22 +7,19 @@ whole model, whatever the number of layers and of widths.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir, linear, massive, qdq
+from graphq import ir, linear, noise, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import ModelError
 from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch
 from graphq.pipeline import Progress, no_progress
-from graphq.quantizers import QParams, Uniform
+from graphq.quantizers import Format, Uniform
 from graphq.spec import QuantSpec
-
-Format = tuple[QuantSpec, QParams]
 
 TWINS_AT_ONCE = 16
 """Twins whose errors `effects` holds in memory at a time."""
@@ -48,7 +45,7 @@ class LayerError:
     """How far a layer's output is from that of the float layer.
 
     Attributes:
-        noise: Sum of the squared differences over all samples; rows with massive activations count less (see `graphq.massive`).
+        noise: Sum of the squared differences over all samples; rows with massive activations count less (see `graphq.noise`).
         power: Sum of the squares of the float output, in the same way.
         shift: Mean difference of each output channel, float64 of shape (channels,); None if the output's rank is unknown, or 1.
         rows: Positions that the mean was taken over.
@@ -66,16 +63,13 @@ class LayerError:
 
     @property
     def sqnr_db(self) -> float:
-        return decibel(self.relative)
-
-
-def decibel(relative: float) -> float:
-    """Power over noise in dB from noise over power; infinite if there is no noise."""
-    return math.inf if relative == 0 else -10 * math.log10(relative)
+        return noise.decibel(self.power, self.noise)
 
 
 def measure(model: ir.Model, twins: Sequence[Twin], data: CalibrationSet, progress: Progress = no_progress) -> list[LayerError]:
     """The error of each twin against its float layer, both fed with what the float model computes."""
+    if not twins:
+        return []
     probe = _Probe(model)
     for twin in twins:
         probe.sum_up(probe.twin_error(twin), probe.layers[twin.layer].outputs[0])
@@ -281,10 +275,10 @@ class _Probe:
 
 
 def _layer_error(found: Mapping[str, list[np.ndarray]], sums: _Sums) -> LayerError:
-    noise, power = (np.concatenate([array.reshape(-1) for array in found[name]]) for name in (sums.noise, sums.power))
-    weights = massive.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
+    error, power = (np.concatenate([array.reshape(-1) for array in found[name]]) for name in (sums.noise, sums.power))
+    weights = noise.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
     shift = np.sum(found[sums.shift], axis=0) if sums.shift else None
     rows = int(np.sum(found[sums.size])) // (1 if shift is None else max(shift.size, 1))
     with np.errstate(invalid="ignore"):  # NaN is an answer, too
-        noise, power = noise @ weights, power @ weights
-    return LayerError(float(noise), float(power), None if shift is None else shift / max(rows, 1), rows)
+        error, power = error @ weights, power @ weights
+    return LayerError(float(error), float(power), None if shift is None else shift / max(rows, 1), rows)

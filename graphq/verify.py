@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.errors import VerifyError
 from graphq.executor import BATCH, Executor, Feeds
+from graphq.noise import decibel
 from graphq.report import Latency, OutputComparison
 
 ROUNDS, SECONDS = 3, 0.05
@@ -106,7 +106,7 @@ class _Sums:
 
     def result(self, name: str) -> OutputComparison:
         count = max(self.samples, 1)
-        sqnr = math.inf if self.noise == 0 else 10 * math.log10(max(self.power, 1e-300) / self.noise)
+        sqnr = decibel(self.power, self.noise)
         return OutputComparison(name, sqnr, self.cosines / count, self.largest, self.agreed / count if self.classes else None)
 
 

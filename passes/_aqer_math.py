@@ -1,6 +1,6 @@
 """Ridge regression of a layer's weight on what quantized activations cost it (Aqer, arXiv 2407.06794; METHODS.md M1).
 
-`Δ = argmin ||R - A Δᵀ||² + λ ||Δ||²` with `A = [X | 1]`, so `Δ = RᵀA (AᵀA + λI)⁻¹`; letters and sums as in `_layer_rows`.
+`Δ = argmin ||R - A Δᵀ||² + λ ||Δ||²` with `A = [X | 1]`, so `Δ = RᵀA (AᵀA + λI)⁻¹`; sums as in `_sums`.
 λ is `alpha` times the mean diagonal of `AᵀA`, so that `alpha` means the same for every layer.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphq.passes._layer_rows import Sums
+from graphq.passes._sums import Sums
 
 ALPHAS = (0.001, 0.01, 0.1, 1.0)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from graphq.noise import decibel
 from graphq.passes import _dynamic_math
 from graphq.quantizers import MIN_SCALE, Uniform
 from graphq.spec import PerAxis, QuantSpec
@@ -74,4 +75,4 @@ def search(
         rounded = _dynamic_math.fake_quantize(x / k, bits) if scaled else fake_quantize(x / k, k, alpha, bits)
         found[alpha] = noise(x, rounded, weights, k)
     best = min(found, key=found.__getitem__)
-    return best, 10 * float(np.log10(max(plain, TINY) / max(found[best], TINY)))
+    return best, decibel(plain, found[best])

@@ -8,10 +8,7 @@ from graphq import ir, ranges
 from graphq.passes import _center, _placement
 from graphq.passes._placement import Placement
 from graphq.pipeline import PassContext
-from graphq.quantizers import QParams, Uniform
-from graphq.spec import QuantSpec
-
-Format = tuple[QuantSpec, QParams]
+from graphq.quantizers import Format, Uniform
 
 
 def formats(plan: Placement, estimator: ranges.Estimator, ctx: PassContext, *, center: bool) -> dict[ir.Value, Format]:

@@ -1,4 +1,4 @@
-"""A linear layer as the matrix product that it is, group by group, and the sums over calibration rows that closed forms need.
+"""A linear layer as the matrix product that it is, group by group, and its rows at a stop of the sweep.
 
 Letters: G groups (of a convolution, else 1), D inputs and O outputs of a group, N rows (samples x positions).
 X: [G, N, D] rows of what the layer reads; W: [G, O, D]; Y = X Wᵀ + b: [G, N, O]. Convolutions are unfolded (im2col), but only
@@ -8,13 +8,13 @@ at the rows that are picked, so that memory does not grow with the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir, linear, massive
+from graphq import ir, linear
 from graphq.exclude import is_excluded
-from graphq.passes import _bias
+from graphq.passes._sums import Sums
 from graphq.sweep import SweepStep
 
 ROWS_PER_INPUT = 32
@@ -86,17 +86,6 @@ class Layer:
             return x[None, picked] * np.float32(ir.attribute(self.node, "alpha", 1.0))
         return x.reshape(1, -1, x.shape[-1])[:, picked]
 
-    def outputs(self, y: np.ndarray, picked: np.ndarray) -> np.ndarray:
-        """Some rows of Y, [G, rows, O], of an output `y`."""
-        if self.node.op_type == "Conv":
-            sample, *position = np.unravel_index(picked, (y.shape[0], *y.shape[2:]))
-            return self._split(np.moveaxis(y, 1, -1)[(sample, *position)])
-        return self._split(y.reshape(-1, y.shape[-1])[picked])
-
-    def by_group(self, channels: np.ndarray) -> np.ndarray:
-        """Numbers of shape (output channels,) so that they broadcast to Y: [G, 1, O]."""
-        return channels.reshape(self._groups, 1, -1)
-
     def _split(self, rows: np.ndarray) -> np.ndarray:
         """[rows, G * D, ...] as [G, rows, D]."""
         width = int(np.prod(rows.shape[1:])) // self._groups
@@ -153,103 +142,6 @@ def _patches(node: ir.Node, x: np.ndarray, picked: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.moveaxis(padded, 1, -1)[tuple(index)], -1, 1)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums over rows of X and of R: [G, N, O], which is what the layer's output lacks of what it should be.
-
-    Attributes:
-        count: N, or the sum of the rows' weights.
-        gram: XᵀX, float64 [G, D, D].
-        total: Σ x, float64 [G, D].
-        cross: RᵀX, float64 [G, O, D].
-        lack: Σ r, float64 [G, O].
-        square: Σ r² over everything.
-        power: Σ y² over everything, of the output as it should be.
-    """
-
-    count: float
-    gram: np.ndarray
-    total: np.ndarray
-    cross: np.ndarray
-    lack: np.ndarray
-    square: float
-    power: float
-
-    @classmethod
-    def none(cls, groups: int, outputs: int, inputs: int) -> Sums:
-        gram, cross = np.zeros((groups, inputs, inputs)), np.zeros((groups, outputs, inputs))
-        return cls(0, gram, gram[:, 0], cross, cross[..., 0], 0.0, 0.0)
-
-    @classmethod
-    def of(cls, x: np.ndarray, r: np.ndarray, y: np.ndarray) -> Sums:
-        """Of float32 rows, of which those with a massive output count less (see `graphq.massive`).
-
-        Multiplied in float32, in less than half the time, around the means of the rows, which may be far larger than what varies:
-        off by 4e-7 of `sqrt(c_ii c_jj)`, C = `centred_gram`, at most.
-        """
-        unit = np.sqrt(massive.row_weights(np.square(y).mean((0, 2), dtype=np.float64))).astype(np.float32)[:, None]
-        count = float(np.sum(unit.astype(np.float64) ** 2))
-        x_mean, r_mean = ((part * unit**2).sum(1, dtype=np.float64).astype(np.float32) / np.float32(count) for part in (x, r))
-        x, r, y = (x - x_mean[:, None]) * unit, (r - r_mean[:, None]) * unit, y * unit
-        x_rest, r_rest = ((part * unit).sum(1, dtype=np.float64) for part in (x, r))
-        x_mean, r_mean = x_mean.astype(np.float64), r_mean.astype(np.float64)
-
-        def product(left: np.ndarray, mean: np.ndarray, rest: np.ndarray) -> np.ndarray:
-            """Σ (left + mean)ᵀ(x + x_mean)."""
-            around = (left.swapaxes(1, 2) @ x).astype(np.float64)
-            return around + _outer(mean, x_rest + count * x_mean) + _outer(rest, x_mean)
-
-        square = sum(float(np.sum(part)) for part in (r.astype(np.float64) ** 2, r_mean * (2 * r_rest + count * r_mean)))
-        power = float(np.sum(y.astype(np.float64) ** 2))
-        total, lack = x_rest + count * x_mean, r_rest + count * r_mean
-        return cls(count, product(x, x_mean, x_rest), total, product(r, r_mean, r_rest), lack, square, power)
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def moved(self, delta: np.ndarray, shift: np.ndarray | float = 0.0) -> Sums:
-        """The sums once the weight is W + `delta` [G, O, D] and the bias b + `shift` [G, O]."""
-        shift = np.broadcast_to(shift, self.lack.shape)
-        made, added = delta @ self.gram, (delta @ self.total[..., None])[..., 0]
-        cross = self.cross - made - shift[..., None] * self.total[:, None]
-        lack = self.lack - added - self.count * shift
-        # Σ (r - a)² = Σ r² - Σ a (r + (r - a)), for what is added, a = X deltaᵀ + shift.
-        square = self.square - np.sum(delta * (self.cross + cross)) - np.sum(shift * (self.lack + lack))
-        return Sums(self.count, self.gram, self.total, cross, lack, max(float(square), 0.0), self.power)
-
-    @property
-    def centred_gram(self) -> np.ndarray:
-        """XᵀX with the mean of X taken out, for errors whose mean the bias takes."""
-        return self.gram - _outer(self.total, self.total) / (self.count or 1)
-
-    @property
-    def mean_lack(self) -> np.ndarray:
-        """What the output lacks in the mean, [G, O]; 0 of nothing."""
-        return self.lack / (self.count or 1)
-
-    @property
-    def error(self) -> float:
-        """Σ r² / Σ y²; 0 of nothing."""
-        return self.square / max(self.power, 1e-30)
-
-
-def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[G, O] and [G, D] as [G, O, D]."""
-    return left[:, :, None] * right[:, None]
-
-
-def offset(node: ir.Node) -> np.ndarray | None:
-    """What the constant bias of `node`, its own or an Add behind it, adds to each output channel; None if it is not that."""
-    channels, bias = ir.constant_shape(linear.weight_of(node))[linear.out_axis(node)], linear.bias_of(node)
-    if bias is None:
-        return np.broadcast_to(_bias.behind(node), (channels,))
-    array = ir.constant(bias)
-    if array is None or array.size not in (1, channels) or array.size != (array.shape or (1,))[-1]:
-        return None
-    beta = ir.attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
-    return np.broadcast_to(array.reshape(-1).astype(np.float64) * beta, (channels,))
-
-
 def pick(count: int, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of `count` rows, ascending: one at a random place in each of `limit` stretches of one length."""
     if count <= limit:
@@ -258,14 +150,13 @@ def pick(count: int, limit: int, seed: int) -> np.ndarray:
     return np.minimum((places * (count / limit)).astype(np.int64), count - 1)
 
 
-def collect(step: SweepStep, twin: ir.Node | None, seed: int) -> tuple[Sums, Sums]:
+def collect(step: SweepStep, seed: int) -> tuple[Sums, Sums]:
     """Sums over four fifths of the rows that are picked at a stop of the sweep, and over the rest.
 
-    With `twin`, the stop's node in the reference, R is what the output lacks of the reference's (the node needs an `offset`);
-    without, R is what it lacks of what the layer makes of its input before that is quantized.
+    R is what the layer's output lacks of what the layer makes of its input before that is quantized.
     """
     layer = Layer(step.node)
-    weight, biases = layer.weight().swapaxes(1, 2), _biases(layer, twin)
+    weight = layer.weight().swapaxes(1, 2)
     ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
     picked = pick(int(ends[-1]), max(ROWS, ROWS_PER_INPUT * weight.shape[1]), seed)
     run = -(-int(ends[-1]) // RUNS)
@@ -276,14 +167,9 @@ def collect(step: SweepStep, twin: ir.Node | None, seed: int) -> tuple[Sums, Sum
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
             data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
-            made = data @ weight
-            if biases is None:
-                raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
-                wanted = raw @ weight
-                total += Sums.of(data, wanted - made, wanted)
-            else:
-                wanted = _gather(part, ends, lambda index, mine: layer.outputs(step.y_ref[index], mine)) + biases[0]
-                total += Sums.of(data, wanted - made - biases[1], wanted)
+            raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
+            wanted = raw @ weight
+            total += Sums.of(data, wanted - data @ weight, wanted)
         return total
 
     return sums(picked[~is_held]), sums(picked[is_held])
@@ -293,13 +179,3 @@ def _gather(rows: np.ndarray, ends: np.ndarray, read: Callable[[int, np.ndarray]
     """What `read` makes of the ascending `rows` that lie in each batch, one behind the other along axis 1."""
     batch = np.searchsorted(ends, rows, side="right") - 1
     return np.concatenate([read(index, rows[batch == index] - ends[index]) for index in np.unique(batch)], axis=1)
-
-
-def _biases(layer: Layer, twin: ir.Node | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """What lies behind the output of the twin, and what the layer adds to X Wᵀ, float32 [G, 1, O]."""
-    if twin is None:
-        return None
-    own = offset(layer.node)
-    assert own is not None, "the bias must be known"
-    behind = np.broadcast_to(_bias.behind(twin), own.shape)
-    return layer.by_group(behind.astype(np.float32)), layer.by_group(own.astype(np.float32))

@@ -89,11 +89,6 @@ def best(layer: Layer, rule: str, alphas: Sequence[float]) -> tuple[np.ndarray, 
     return candidates[least], noises[least]
 
 
-def decibel(before: float, after: float) -> float:
-    """What a fall of noise from `before` to `after` gains, in dB."""
-    return 10 * float(np.log10(max(before, 1e-30) / max(after, 1e-30)))
-
-
 def _tamed(k: np.ndarray) -> np.ndarray:
     return np.clip(k / np.exp(np.log(k).mean()), 1 / LIMIT, LIMIT).astype(np.float32)
 

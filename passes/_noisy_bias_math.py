@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from graphq.noise import decibel
 from graphq.quantizers import QParams, Uniform
 
 AMPLITUDES = (0.5, 1.0, 1.5, 2.0)
@@ -39,4 +40,4 @@ def search(x: np.ndarray, units: Sequence[np.ndarray], weight: np.ndarray, quant
 def gain_db(x: np.ndarray, n: np.ndarray, weight: np.ndarray, quantizer: Uniform, qparams: QParams) -> float:
     """How much smaller n makes the error on the rows `x`, in dB (negative: larger)."""
     plain, noisy = (error(x, one, weight, quantizer, qparams) for one in (np.zeros_like(n), n))
-    return 10 * float(np.log10(max(plain, 1e-30) / max(noisy, 1e-30)))
+    return decibel(plain, noisy)

@@ -13,6 +13,7 @@ import numpy as np
 
 from graphq import ir, qdq
 from graphq.editor import Editor
+from graphq.noise import decibel
 from graphq.quantizers import Uniform
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
@@ -44,4 +45,4 @@ def quantize(edit: Editor, node: ir.Node, spec: QuantSpec, target: Target) -> fl
     qparams = quantizer.fit_weight(table)
     noise = float(np.sum((table - quantizer.fake_quantize(table, qparams)) ** 2, dtype=np.float64))
     qdq.insert_lookup(edit, node, quantizer.quantize(table, qparams), qparams, spec, after=target.integer_lookup)
-    return 10 * float(np.log10(max(float(np.sum(table**2, dtype=np.float64)), 1e-30) / max(noise, 1e-30)))
+    return decibel(float(np.sum(table**2, dtype=np.float64)), noise)

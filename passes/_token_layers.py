@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphq import functions, ir, linear, precision
+from graphq import ir, linear, precision
 from graphq.calibration import CalibrationSet
 from graphq.exclude import is_excluded
 from graphq.executor import BATCH, Executor, Fetch
-from graphq.passes._dynamic_math import levels
 from graphq.pipeline import PassContext
 from graphq.precision import Bits
 
@@ -19,44 +18,6 @@ TokenLayers = dict[tuple[ir.Value, int], list[ir.Node]]
 
 SAMPLES, ROWS = 64, 32
 """Samples that errors are measured on, and rows of a batch of them, at most."""
-
-DYNAMIC_QUANTIZE = """
-DynamicQuantize (x, levels) => (y) {
-  axis = Constant <value = int64[1] {-1}> ()
-  least = Constant <value = float {1.1754943508222875e-38}> ()
-  magnitude = Abs (x)
-  largest = ReduceMax (magnitude, axis)
-  step = Div (largest, levels)
-  scale = Max (step, least)
-  ratio = Div (x, scale)
-  code = Round (ratio)
-  y = Mul (code, scale)
-}"""
-"""`round(x / s) s` with `s = max|row| / levels`, no smaller than `quantizers.MIN_SCALE`: see `_dynamic_math.fake_quantize`."""
-
-DYNAMIC_QUANTIZE_ASYMMETRIC = """
-DynamicQuantizeAsymmetric (x, levels) => (y) {
-  axis = Constant <value = int64[1] {-1}> ()
-  least = Constant <value = float {1.1754943508222875e-38}> ()
-  nothing = Constant <value = float {0}> ()
-  smallest = ReduceMin (x, axis)
-  largest = ReduceMax (x, axis)
-  low = Min (smallest, nothing)
-  high = Max (largest, nothing)
-  width = Sub (high, low)
-  step = Div (width, levels)
-  scale = Max (step, least)
-  offset = Div (low, scale)
-  zero = Round (offset)
-  ratio = Div (x, scale)
-  whole = Round (ratio)
-  code = Sub (whole, zero)
-  kept = Clip (code, nothing, levels)
-  moved = Add (kept, zero)
-  y = Mul (moved, scale)
-}"""
-"""The same with a zero point, which here is negative."""
-
 
 def find(model: ir.Model, ctx: PassContext, exclude: Sequence[str], bits: int) -> TokenLayers:
     """Layers of the main graph with a constant weight, float or dequantized; others are skipped with the reason.
@@ -140,22 +101,3 @@ def _makers(value: ir.Value | None) -> list[ir.Node]:
     if maker is None:
         return []
     return list(dict.fromkeys([*(one for entry in maker.inputs for one in _makers(entry)), maker]))
-
-
-def quantize(ctx: PassContext, value: ir.Value, nodes: Sequence[ir.Node], bits: int, *, symmetric: bool = True) -> None:
-    """Let `nodes`, all of which read `value`, read it with one step for each row, and one zero point if it is not `symmetric`."""
-    body = DYNAMIC_QUANTIZE if symmetric else DYNAMIC_QUANTIZE_ASYMMETRIC
-    replace(ctx, value, nodes, body, [step_count(ctx, bits, symmetric=symmetric)])
-
-
-def replace(ctx: PassContext, value: ir.Value, nodes: Sequence[ir.Node], body: str, operands: Sequence[ir.Value]) -> None:
-    """Let `nodes`, all of which read `value`, read what the local function `body` makes of it and of `operands`."""
-    result = functions.call(ctx.edit, body, value.producer(), [value, *operands], output=f"{value.name}_dynamic", like=value)
-    for node in nodes:
-        ctx.edit.rewire(node, linear.data_index(node), result)
-
-
-def step_count(ctx: PassContext, bits: int, *, symmetric: bool = True) -> ir.Value:
-    """The constant `levels(bits)`, stored once."""
-    count = levels(bits, symmetric=symmetric)
-    return ctx.edit.shared(("levels", float(count)), f"levels_{count:g}", lambda: count, "float32")

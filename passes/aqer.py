@@ -48,7 +48,7 @@ class Aqer(Pass):
                 ctx.skip(node, reason)
         for step in ctx.sweep(nodes, self.samples or None):
             node, layer = step.node, Layer(step.node)
-            train, held = _layer_rows.collect(step, None, ctx.seed)
+            train, held = _layer_rows.collect(step, ctx.seed)
             found = math.refit(layer.weight(), train, held, self.alphas, with_bias=_bias.can_shift(node))
             if found is None:
                 ctx.skip(node, "no refit lowers its error on rows that were held out")

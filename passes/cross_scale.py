@@ -16,7 +16,7 @@ from graphq import ir, linear, precision
 from graphq.exclude import require_matches
 from graphq.observers import ChannelRange
 from graphq.passes import _cross_scale_math as math
-from graphq.passes import _scaling, _token_layers
+from graphq.passes import _dynamic_quantize, _scaling, _token_layers
 from graphq.passes._token_layers import TokenLayers
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
@@ -84,7 +84,7 @@ class CrossScale(Pass):
             alpha, gain = math.search(rows[value], weights, c, self.alphas, bits, scaled=self.rows == "scaled")
             ctx.measure(value.name or "", gain_db=gain, alpha=alpha if gain >= self.min_gain_db else 1.0)
             if gain < self.min_gain_db:
-                _token_layers.quantize(ctx, value, nodes, bits)
+                _dynamic_quantize.quantize(ctx, value, nodes, bits)
             else:
                 self._cross(ctx, value, nodes, math.factors(c, alpha), alpha, bits)
 
@@ -101,7 +101,7 @@ class CrossScale(Pass):
         for node in nodes:
             _scaling.multiply(ctx.edit, node, k)
         if self.rows == "scaled":
-            return _token_layers.quantize(ctx, moved, nodes, bits)
+            return _dynamic_quantize.quantize(ctx, moved, nodes, bits)
         share = ctx.edit.shared(("alpha", alpha), "alpha", lambda: np.asarray(alpha, np.float32), "float32")
-        operands = [ctx.edit.initializer(f"{value.name}_channels", k.astype(np.float32)), share, _token_layers.step_count(ctx, bits)]
-        _token_layers.replace(ctx, moved, nodes, CROSS_QUANTIZE, operands)
+        operands = [ctx.edit.initializer(f"{value.name}_channels", k.astype(np.float32)), share, _dynamic_quantize.step_count(ctx, bits)]
+        _dynamic_quantize.replace(ctx, moved, nodes, CROSS_QUANTIZE, operands)

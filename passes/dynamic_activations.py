@@ -12,7 +12,7 @@ from pydantic import Field
 
 from graphq import ir
 from graphq.exclude import require_matches
-from graphq.passes import _token_layers
+from graphq.passes import _dynamic_quantize, _token_layers
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -39,4 +39,4 @@ class DynamicActivations(Pass):
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         for (value, bits), nodes in _token_layers.find(model, ctx, self.exclude, self.bits).items():
-            _token_layers.quantize(ctx, value, nodes, bits, symmetric=self.symmetric)
+            _dynamic_quantize.quantize(ctx, value, nodes, bits, symmetric=self.symmetric)

@@ -1,7 +1,7 @@
 """insert-qdq: make a model's linear layers integer, with ranges from calibration.
 
 Where quantizers go is the target's matter (`_placement`), which values they take that of a range estimator (`graphq.ranges`).
-What each layer loses is measured before anything is inserted (`_layer_error`): the worst layers stay float, within a budget,
+What each layer loses is measured before anything is inserted (`graphq.twins`): the worst layers stay float, within a budget,
 and are named in the report; the mean error of the others is taken out of their biases.
 """
 
@@ -13,19 +13,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from graphq import ir, linear, qdq, ranges
+from graphq import ir, linear, qdq, ranges, twins
 from graphq.errors import TargetError
 from graphq.exclude import require_matches
-from graphq.passes import _bias, _center, _formats, _layer_error, _placement, _tables
-from graphq.passes._formats import Format
-from graphq.passes._layer_error import LayerError
+from graphq.passes import _bias, _center, _formats, _placement, _tables
 from graphq.passes._placement import Placement
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
-from graphq.quantizers import Uniform
+from graphq.quantizers import Format, Uniform
 from graphq.ranges import Estimator
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
+from graphq.twins import LayerError, Twin
 
 ENOUGH_ROWS = 128
 """A mean over fewer positions is noise rather than a bias."""
@@ -90,8 +89,8 @@ class InsertQdq(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         plan = self._place(model, ctx.target)
         formats = _formats.formats(plan, self._estimator(), ctx, center=self.center)
-        errors = self._errors(model, plan, formats, ctx)
-        plan = self._place(model, ctx.target, self._worst(plan, errors))
+        errors = self._errors(plan, formats, ctx)
+        plan = self._place(model, ctx.target, self._worst(plan, errors, ctx))
         for node, reason in plan.skipped:
             ctx.skip(node, reason)
         if self.correct_bias:
@@ -108,32 +107,38 @@ class InsertQdq(Pass):
     def _estimator(self) -> Estimator:
         return ranges.Percentile(self.percentile) if self.ranges == "percentile" else ranges.ESTIMATORS[self.ranges]()
 
-    def _errors(self, model: ir.Model, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[str, LayerError]:
-        if not self.error_samples or not plan.anchors:
+    def _errors(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[ir.Node, LayerError]:
+        """What quantizing each layer alone, as it is about to be, does to its own output."""
+        if not self.error_samples:
             return {}
-        by_name = {value.name or "": entry for value, entry in formats.items()}
-        errors = _layer_error.measure(model, plan.anchors, by_name, self._weight_spec(ctx.target), ctx.calib.take(self.error_samples))
-        for name, error in errors.items():
-            ctx.measure(name, sqnr_db=error.sqnr_db, work=error.work)
-        return errors
+        copies = [Twin(node.name or "", self._weight_spec(node, plan, ctx.target), formats[linear.data_of(node)]) for node in plan.anchors]
+        errors = twins.measure(ctx.model, copies, ctx.calib.take(self.error_samples))
+        return dict(zip(plan.anchors, errors, strict=True))
 
-    def _worst(self, plan: Placement, errors: Mapping[str, LayerError]) -> dict[ir.Node, str]:
+    def _worst(self, plan: Placement, errors: Mapping[ir.Node, LayerError], ctx: PassContext) -> dict[ir.Node, str]:
         """The layers to keep float: those below `min_sqnr_db`, worst first, until the budget is used up."""
+        total = sum(map(linear.multiply_adds, errors)) or 1.0
         kept, left = {}, self.float_budget
-        for node in sorted((node for node in plan.anchors if node.name in errors), key=lambda node: errors[node.name or ""].sqnr_db):
-            error = errors[node.name or ""]
-            if error.sqnr_db < self.min_sqnr_db and error.work <= left + 1e-9:
-                left -= error.work
-                kept[node] = f"kept float: its own error of {error.sqnr_db:.1f} dB is worse than {self.min_sqnr_db:g} dB"
+        for node, error in sorted(errors.items(), key=lambda entry: entry[1].sqnr_db):
+            db, work = error.sqnr_db, linear.multiply_adds(node) / total
+            ctx.measure(node.name or "", sqnr_db=db, work=work)
+            if db < self.min_sqnr_db and work <= left + 1e-9:
+                left -= work
+                kept[node] = f"kept float: its own error of {db:.1f} dB is worse than {self.min_sqnr_db:g} dB"
         return kept
 
-    def _weight_spec(self, target: Target) -> QuantSpec:
-        return target.weight if self.per_channel else replace(target.weight, granularity=PerTensor())
+    def _weight_spec(self, node: ir.Node, plan: Placement, target: Target) -> QuantSpec | None:
+        """The format that the weight of `node` gets here; None if it stays as it is."""
+        bits = plan.bits[node].weight
+        if bits is None or not self.weights:
+            return None
+        spec = target.weight if self.per_channel else replace(target.weight, granularity=PerTensor())
+        return qdq.spec_for_weight(node, replace(spec, bits=bits))
 
     def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> None:
         for node in [*plan.anchors, *plan.weights_only]:
             format_ = formats[linear.data_of(node)] if node in plan.anchors else None
-            self._insert_weight(node, plan.bits[node].weight if self.weights else None, format_, ctx)
+            self._insert_weight(node, self._weight_spec(node, plan, ctx.target), format_, ctx)
         for value, readers in plan.readers.items():
             spec, qparams = formats[value]
             source, through = value, plan.carriers.get(value, [])
@@ -144,15 +149,14 @@ class InsertQdq(Pass):
             if value.is_graph_output() and value in plan.whole:
                 ctx.edit.replace_output(value, result)
 
-    def _insert_weight(self, node: ir.Node, bits: int | None, activation: Format | None, ctx: PassContext) -> None:
-        """Store the weight in `bits` (None: float), and the bias with it where the target's kernel wants that."""
+    def _insert_weight(self, node: ir.Node, spec: QuantSpec | None, activation: Format | None, ctx: PassContext) -> None:
+        """Store the weight as `spec` says (None: float), and the bias with it where the target's kernel wants that."""
         weight = ir.constant(linear.weight_of(node))
         assert weight is not None
-        spec = params = bias = None
-        if bits is not None:
-            spec = qdq.spec_for_weight(node, replace(self._weight_spec(ctx.target), bits=bits))
+        params = bias = None
+        if spec is not None:
             params = Uniform(spec).fit_weight(weight)
-            if activation is not None and bits == activation[0].bits == 8 and ctx.target.bias_int32 and _takes_int32_bias(node):
+            if activation is not None and spec.bits == activation[0].bits == 8 and ctx.target.bias_int32 and _takes_int32_bias(node):
                 bias = ir.constant(linear.bias_of(node))
                 params = qdq.widen_for_bias(params, activation[1], bias)
         if activation is not None and activation[0].symmetric != ctx.target.activation.symmetric:
@@ -164,9 +168,9 @@ class InsertQdq(Pass):
                 qdq.insert_bias(ctx.edit, node, activation[1], params)
 
 
-def _correct(plan: Placement, errors: Mapping[str, LayerError], ctx: PassContext) -> None:
+def _correct(plan: Placement, errors: Mapping[ir.Node, LayerError], ctx: PassContext) -> None:
     for node in plan.anchors:
-        error = errors.get(node.name or "")
+        error = errors.get(node)
         if error is not None and error.shift is not None and error.rows >= ENOUGH_ROWS and _bias.can_shift(node):
             _bias.shift(ctx.edit, node, -error.shift)
 

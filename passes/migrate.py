@@ -15,6 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.exclude import require_matches
+from graphq.noise import decibel
 from graphq.observers import ChannelRange, Range, Rows, Stat
 from graphq.passes import _bias, _placement, _scaling
 from graphq.passes import _migrate_math as math
@@ -74,7 +75,7 @@ class Migrate(Pass):
                 shifted_k, shifted_noise = math.best(layer.shifted(middle), self.rule, self.alphas)
                 if shifted_noise < noise:
                     k, noise, c = shifted_k, shifted_noise, middle
-            gain, folds = math.decibel(plain, noise), _scaling.can_fold(value, nodes, shift=bool(c.any()), exclude=self.exclude)
+            gain, folds = decibel(plain, noise), _scaling.can_fold(value, nodes, shift=bool(c.any()), exclude=self.exclude)
             if gain < (self.min_gain_db if folds else self.min_gain_mul_db):
                 continue
             for node in nodes if c.any() else ():

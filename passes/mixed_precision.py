@@ -24,13 +24,14 @@ from graphq import ir, linear, precision, qdq, twins
 from graphq.errors import RecipeError, TargetError
 from graphq.exclude import require_matches
 from graphq.executor import Executor, Fetch
+from graphq.noise import decibel
 from graphq.passes import _formats, _layer_latency, _placement
 from graphq.passes import _mixed_precision_math as allocation
-from graphq.passes._formats import Format
 from graphq.passes._layer_latency import FLOAT
 from graphq.passes._placement import EIGHT, Placement
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
+from graphq.quantizers import Format
 from graphq.ranges import ESTIMATORS
 from graphq.targets import Target
 from graphq.twins import Twin
@@ -121,10 +122,10 @@ class MixedPrecision(Pass):
         for node, index in chosen.items():
             bits = choices[index]
             precision.ask(ctx.edit, node, bits)
-            db = twins.decibel(float(loss[node][index]))
+            db = decibel(1.0, float(loss[node][index]))
             ctx.measure(node.name or "", weight_bits=bits.weight or 32, activation_bits=bits.activation or 32, output_sqnr_db=db)
         lost, spent = (sum(float(table[node][index]) for node, index in chosen.items()) for table in (loss, cost))
-        ctx.measure("all layers", output_sqnr_db=twins.decibel(lost), **{self._budget[0]: spent})
+        ctx.measure("all layers", output_sqnr_db=decibel(1.0, lost), **{self._budget[0]: spent})
 
     @property
     def _budget(self) -> tuple[str, float]:

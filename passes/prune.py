@@ -15,6 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.exclude import require_matches
+from graphq.noise import decibel
 from graphq.passes import _bias, _layer_rows
 from graphq.passes import _prune_math as math
 from graphq.passes._layer_rows import Layer
@@ -71,7 +72,7 @@ class Prune(Pass):
 
     def _prune(self, step: SweepStep, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
-        train, held = _layer_rows.collect(step, None, ctx.seed)
+        train, held = _layer_rows.collect(step, ctx.seed)
         sums, weight = train + held, layer.weight()[0].astype(np.float64)
         shifts = self.refit and _bias.can_shift(node)
         order = np.arange(weight.shape[1]).reshape(_channels(node), -1).T.reshape(-1)  # channels of one kernel position together
@@ -87,7 +88,7 @@ class Prune(Pass):
             mean = sums.lack / max(sums.count, 1)
             sums = sums.moved(np.zeros((1, *weight.shape)), mean)
             _bias.shift(ctx.edit, node, mean.reshape(-1))
-        ctx.measure(node.name or "", sqnr_db=-10 * np.log10(max(sums.error, 1e-30)))
+        ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square))
 
 
 def _channels(node: ir.Node) -> int:

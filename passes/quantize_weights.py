@@ -10,6 +10,7 @@ from pydantic import Field
 from graphq import ir, linear, qdq
 from graphq.errors import TargetError
 from graphq.exclude import is_excluded, require_matches
+from graphq.noise import decibel
 from graphq.passes import _tables
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import Uniform
@@ -67,8 +68,8 @@ class QuantizeWeights(Pass):
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
             error = weight - Uniform(spec).fake_quantize(weight, qdq.insert_weight(ctx.edit, node, spec))
-            power, noise = (max(float(np.sum(part**2, dtype=np.float64)), 1e-30) for part in (weight, error))
-            ctx.measure(node.name or "", weight_sqnr_db=10 * np.log10(power / noise), bits=spec.bits)
+            power, noise = (float(np.sum(part**2, dtype=np.float64)) for part in (weight, error))
+            ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=spec.bits)
         for node in list(_tables.lookups(model)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
         ctx.edit.prune()

@@ -16,11 +16,13 @@ from graphq import ir, linear, precision, qdq
 from graphq.editor import Editor
 from graphq.errors import TargetError
 from graphq.exclude import require_matches
+from graphq.noise import decibel
 from graphq.passes import _aqer_math as aqer
 from graphq.passes import _bias, _layer_rows
 from graphq.passes import _round_math as math
-from graphq.passes._layer_rows import Layer, Sums
+from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import Rounded
+from graphq.passes._sums import Sums
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
 from graphq.quantizers import QParams
@@ -44,7 +46,6 @@ class Round(Pass):
         samples: Calibration samples to use, 0 for all.
         repair: Whether to refit each weight before it is rounded, where that lowers the error after it.
         correct_bias: Whether to take the mean error of each output channel out of the bias.
-        target: What a layer is to compute: what it makes of its own input before that is quantized, or the reference's output.
     """
 
     name: ClassVar[str] = "round"
@@ -60,7 +61,6 @@ class Round(Pass):
     samples: Annotated[int, Field(ge=0)] = 0
     repair: bool = False
     correct_bias: bool = True
-    target: Literal["own", "reference"] = "own"
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         if self.symmetric is False and target.symmetric_only:
@@ -85,9 +85,8 @@ class Round(Pass):
                 ctx.skip(node, spec)
             else:
                 specs[node] = spec
-        twins = {node.name: node for node in ctx.reference.graph}
         for step in ctx.sweep(list(specs), self.samples or None):
-            self._round(step, specs[step.node], twins.get(step.node.name) if self.target == "reference" else None, ctx)
+            self._round(step, specs[step.node], ctx)
         ctx.edit.prune()
 
     def _bits(self, node: ir.Node) -> int | None:
@@ -117,12 +116,10 @@ class Round(Pass):
         is_grouped = self.group_size is not None and len(shape) == 2 and self.group_size < shape[linear.in_axis(node)]
         return qdq.spec_for_weight(node, self._spec(bits, target), self.group_size if is_grouped else None)
 
-    def _round(self, step: SweepStep, spec: QuantSpec, twin: ir.Node | None, ctx: PassContext) -> None:
+    def _round(self, step: SweepStep, spec: QuantSpec, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
         has_bias = _bias.can_shift(node)
-        if _layer_rows.offset(node) is None:
-            twin = None  # what a bias adds that is not known cannot be told from an error
-        train, held = _layer_rows.collect(step, twin, ctx.seed)
+        train, held = _layer_rows.collect(step, ctx.seed)
         weight, shift, numbers = layer.weight(), np.zeros(held.lack.shape), {"bits": float(spec.bits)}
         takes_mean, sums = self.correct_bias and has_bias, train + held
         how = replace(spec, granularity=_of_rows(spec.granularity))
@@ -139,7 +136,7 @@ class Round(Pass):
         _store(ctx.edit, layer, spec, rounded)
         if shift.any():
             _bias.shift(ctx.edit, node, shift.reshape(-1))
-        ctx.measure(node.name or "", sqnr_db=-10 * np.log10(max(sums.error, 1e-30)), **numbers)
+        ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), **numbers)
 
     def _rounded(self, weight: np.ndarray, sums: Sums, spec: QuantSpec, takes_mean: bool) -> Rounded:
         """`weight` [G, any number of outputs, D] for the rows that `sums` are of; `spec` speaks of its rows."""

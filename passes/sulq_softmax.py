@@ -15,6 +15,7 @@ from pydantic import Field
 from graphq import functions, ir
 from graphq.executor import BATCH, Executor, Fetch
 from graphq.log_quantizers import OCTAVE, LogParams, LogUniform
+from graphq.noise import decibel
 from graphq.pipeline import Pass, PassContext, pass_options
 
 FINE = 5
@@ -111,8 +112,8 @@ class SulqSoftmax(Pass):
             result = self._insert(ctx, node.outputs[0], quantizer, params)
             for reader, index in readers:
                 ctx.edit.rewire(reader, index, result)
-            sqnr = 10 * np.log10(np.mean(x.astype(np.float64) ** 2) / max(quantizer.error(x, params), 1e-30))
-            ctx.measure(node.name or "", sqnr_db=float(sqnr), shift=float(params.shift))
+            sqnr = decibel(float(np.mean(x.astype(np.float64) ** 2)), quantizer.error(x, params))
+            ctx.measure(node.name or "", sqnr_db=sqnr, shift=float(params.shift))
 
     def _weights(self, model: ir.Model, nodes: list[ir.Node], ctx: PassContext) -> dict[ir.Node, np.ndarray]:
         """A sample of each softmax's output, float32 of shape (n,); its largest value is in it."""

@@ -11,7 +11,7 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper, parser
 
-from graphq import ir, linear, massive, qdq, twins
+from graphq import ir, linear, noise, qdq, twins
 from graphq.calibration import CalibrationSet, open_calibration
 from graphq.editor import Editor
 from graphq.errors import ModelError
@@ -30,7 +30,7 @@ SAMPLES = 10  # two batches and a short one
 def all_rows_count_alike(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Except where massive outputs are what is tested."""
     if "massive" not in request.node.name:
-        monkeypatch.setattr(massive, "LIMIT", 1e12)
+        monkeypatch.setattr(noise, "LIMIT", 1e12)
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ from graphq.editor import Editor
 from graphq.errors import RecipeError
 from graphq.executor import Executor, Fetch
 from graphq.passes import _aqer_math as math
-from graphq.passes._layer_rows import Sums
+from graphq.passes._sums import Sums
 from graphq.passes.aqer import Aqer
 from graphq.pipeline import PassContext, PassRecord, run_passes
 from graphq.quantizers import Uniform

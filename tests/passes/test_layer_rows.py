@@ -9,11 +9,12 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper, parser
 
-from graphq import ir, massive
+from graphq import ir, linear, noise
 from graphq.calibration import open_calibration
-from graphq.executor import Executor
+from graphq.executor import Executor, Fetch
 from graphq.passes import _layer_rows
-from graphq.passes._layer_rows import Layer, Sums, collect, offset, pick
+from graphq.passes._layer_rows import Layer, collect, pick
+from graphq.passes._sums import Sums
 from graphq.sweep import SweepStep, sweep
 
 RNG = np.random.default_rng(0)
@@ -23,7 +24,7 @@ RNG = np.random.default_rng(0)
 def all_rows_count_alike(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Except where massive outputs are what is tested."""
     if "massive" not in request.node.name:
-        monkeypatch.setattr(massive, "LIMIT", 1e12)
+        monkeypatch.setattr(noise, "LIMIT", 1e12)
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -64,18 +65,26 @@ def model_of(case: str) -> tuple[ir.Model, np.ndarray]:
     return build(f"g (float[{declared}] x) => (float[] y) {{ [it] y = {body} }}", w=floats(*weight), **bias), floats(*data)
 
 
+def outputs(layer: Layer, y: np.ndarray) -> np.ndarray:
+    """All rows of an output `y`, [G, N, O], channels last."""
+    rows = np.moveaxis(y, linear.channel_axis(layer.node), -1)
+    return np.moveaxis(rows.reshape(-1, *layer.weight().shape[:2]), 1, 0)
+
+
 @pytest.mark.parametrize("case", LAYERS)
 def test_rows_times_weight_is_the_output(case: str) -> None:
     """At all rows, at some of them, and at none, to the rounding of float32."""
     model, x = model_of(case)
-    layer, y = Layer(model.graph[0]), Executor(model).run({"x": x})[0]
-    bias = offset(model.graph[0])
-    assert bias is not None
+    layer = Layer(model.graph[0])
+    without = ir.clone(model)
+    if len(without.graph[0].inputs) > 2:
+        without.graph[0].resize_inputs(2)
+    y = Executor(without).run({"x": x})[0]
     count = layer.count(x.shape)
     assert count * layer.weight().shape[0] * layer.weight().shape[1] == y.size
     for picked in (np.arange(count), np.array([1, count - 1]), np.arange(0)):
-        made = layer.rows(x, picked) @ layer.weight().swapaxes(1, 2) + layer.by_group(bias)
-        np.testing.assert_allclose(made, layer.outputs(y, picked), atol=1e-5)
+        made = layer.rows(x, picked) @ layer.weight().swapaxes(1, 2)
+        np.testing.assert_allclose(made, outputs(layer, y)[:, picked], atol=1e-5)
         assert layer.rows(x, picked).dtype == np.float32
 
 
@@ -85,44 +94,24 @@ def test_a_weight_goes_back_where_it_came_from(case: str) -> None:
     np.testing.assert_array_equal(Layer(model.graph[0]).stored(Layer(model.graph[0]).weight()), ir.constant(model.graph[0].inputs[1]))
 
 
-BIASES: dict[str, tuple[str, np.ndarray | None]] = {
-    "none": ("y = Gemm(x, w)", np.zeros(3)),
-    "scalar": ("y = Gemm(x, w, one)", np.full(3, 2.0)),
-    "beta": ("y = Gemm <beta = 0.5> (x, w, b)", np.array([0.5, 1.0, 1.5])),
-    "an Add behind": ("a = MatMul(x, w) y = Add(a, b)", np.array([1.0, 2.0, 3.0])),
-    "an Add of something else": ("a = MatMul(x, w) y = Add(a, a)", np.zeros(3)),
-    "one for each row": ("y = Gemm(x, w, rows)", None),
-    "computed": ("r = ReduceMean(x) y = Gemm(x, w, r)", None),
-}
-
-
-@pytest.mark.parametrize("case", BIASES)
-def test_offset(case: str) -> None:
-    body, expected = BIASES[case]
-    weights = {"w": floats(8, 3), "b": np.array([1, 2, 3], np.float32), "one": np.float32(2), "rows": floats(3, 1)}
-    model = build(f"g (float[3, 8] x) => (float[] y) {{ {body} }}", **{name: one for name, one in weights.items() if name in body})
-    found = offset(next(node for node in model.graph if node.op_type in ("Gemm", "MatMul")))
-    assert (found is None) == (expected is None)
-    if expected is not None:
-        np.testing.assert_array_equal(found, expected)
-
-
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-def stop(case: str, samples: int = 30) -> tuple[SweepStep, ir.Node, np.ndarray, np.ndarray]:
-    """A stop at the layer in a model whose weight is a little off, the layer in the reference, and all X and R as float64."""
-    reference, x = model_of(case)
-    x = floats(samples, *x.shape[1:])
-    model = ir.clone(reference)
-    node, twin = model.graph[0], reference.graph[0]
-    weight = ir.constant(node.inputs[1])
-    assert weight is not None and node.inputs[1] is not None
-    node.inputs[1].const_value = ir.make_tensor(weight + 0.1 * floats(*weight.shape), "float32", "w")
-    (step,) = sweep(model, reference, [node], open_calibration({"x": x}, ir.inputs(model)))
-    layer, every = Layer(node), np.arange(Layer(node).count(x.shape))
-    missing = Executor(reference).run({"x": x})[0] - Executor(model).run({"x": x})[0].astype(np.float64)
-    return step, twin, layer.rows(x, every).astype(np.float64), layer.outputs(missing, every)
+def stop(case: str, samples: int = 30) -> tuple[SweepStep, np.ndarray, np.ndarray]:
+    """A stop at the layer, whose input is quantized, and all X and R as float64."""
+    body, shape, weight = LAYERS[case]
+    x = floats(samples, *shape[1:])
+    text = f"q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) [it] y = {body.replace('(x', '(d')}"
+    bias = {"b": floats(weight[0] if "Conv" in case else 3)} if "b)" in body else {}
+    declared = ", ".join(["N", *map(str, shape[1:])])
+    model = build(f"g (float[{declared}] x) => (float[] y) {{ {text} }}", w=floats(*weight), **bias, scale=np.float32(0.3),
+                  zero=np.uint8(128))  # fmt: skip
+    node = model.graph[2]
+    (step,) = sweep(model, ir.clone(model), [node], open_calibration({"x": x}, ir.inputs(model)))
+    layer, rounded = Layer(node), Executor(model, [Fetch("d")]).run({"x": x})[0]
+    every = np.arange(layer.count(x.shape))
+    read = layer.rows(rounded, every).astype(np.float64)
+    return step, read, (layer.rows(x, every) - read) @ layer.weight().swapaxes(1, 2)
 
 
 SUMMED = ("MatMul", "Gemm alpha, beta", "Conv strides, pads", "Conv groups", "Conv depthwise")
@@ -131,22 +120,19 @@ SUMMED = ("MatMul", "Gemm alpha, beta", "Conv strides, pads", "Conv groups", "Co
 @pytest.mark.parametrize("case", SUMMED)
 def test_collected_sums(case: str) -> None:
     """Against float64 sums over all rows; the rows are few enough that all are used."""
-    step, twin, x, r = stop(case)
-    train, held = collect(step, twin, 0)
+    step, x, r = stop(case)
+    train, held = collect(step, 0)
     assert train.count + held.count == x.shape[1] and 0.1 < held.count / x.shape[1] < 0.3
     sums = train + held
     expected = {"gram": x.swapaxes(1, 2) @ x, "total": x.sum(1), "cross": r.swapaxes(1, 2) @ x, "lack": r.sum(1), "square": np.sum(r**2)}
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(sums, name), value, atol=2e-5 * np.abs(value).max())
-    plain = sum(collect(step, None, 0), Sums.none(*sums.cross.shape))
-    np.testing.assert_array_equal(plain.gram, sums.gram)
-    assert plain.square == 0 and not plain.cross.any() and plain.power > 0
 
 
 @pytest.mark.parametrize("case", SUMMED)
 def test_moved_sums_are_those_of_the_moved_layer(case: str) -> None:
-    step, twin, x, r = stop(case)
-    sums = sum(collect(step, twin, 0), Sums.none(*collect(step, twin, 0)[0].cross.shape))
+    step, x, r = stop(case)
+    sums = sum(collect(step, 0), Sums.none(*collect(step, 0)[0].cross.shape))
     delta, shift = 0.1 * RNG.standard_normal(sums.cross.shape), 0.1 * RNG.standard_normal(sums.lack.shape)
     after = r - x @ delta.swapaxes(1, 2) - shift[:, None]
     moved = sums.moved(delta, shift)
@@ -178,13 +164,13 @@ def test_means_that_dwarf_what_varies_do_not_spoil_it() -> None:
 
 def test_rows_are_held_out_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of one side seldom has a neighbour on the other, and no row is on both."""
-    step, twin, x, _ = stop("MatMul", samples=100)
+    step, x, _ = stop("MatMul", samples=100)
     seen: list[np.ndarray] = []
     gather: Callable[..., np.ndarray] = _layer_rows._gather
     monkeypatch.setattr(_layer_rows, "_gather", lambda rows, *rest: seen.append(rows) or gather(rows, *rest))
-    collect(step, None, 0)
-    train, held = seen
-    assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(x.shape[1]))
+    collect(step, 0)
+    (train, _, held, _) = seen  # gathered before and after the quantizer
+    assert np.array_equal(np.sort(np.concatenate([train, held])), np.arange(x.shape[1]))
     assert len(held) == x.shape[1] // 5 and np.sum(np.diff(held) > 1) == 9
 
 
@@ -201,8 +187,8 @@ def test_picked_rows_are_spread(count: int) -> None:
 
 def test_few_rows_are_used_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_layer_rows, "ROWS", 40)
-    step, twin, x, r = stop("Conv strides, pads", samples=200)
-    train, held = collect(step, twin, 0)
+    step, x, r = stop("Conv strides, pads", samples=200)
+    train, held = collect(step, 0)
     limit = 32 * x.shape[2]
     assert train.count + held.count == limit < x.shape[1]
     expected = x.swapaxes(1, 2) @ x / x.shape[1]
@@ -240,13 +226,13 @@ def test_refusal_of_excluded_nodes_and_subgraphs() -> None:
 def test_rows_with_massive_outputs_count_as_if_they_were_large_ones() -> None:
     rng = np.random.default_rng(0)
     x, r, y = (rng.normal(size=(1, 200, width)).astype(np.float32) for width in (3, 2, 2))
-    plain = _layer_rows.Sums.of(x, r, y)
+    plain = Sums.of(x, r, y)
     np.testing.assert_allclose(plain.gram[0], x[0].T @ x[0], rtol=1e-5)
     for rows in (x, r, y):
         rows[:, :2] *= 1000
-    found = _layer_rows.Sums.of(x, r, y)
+    found = Sums.of(x, r, y)
     size = np.square(y[0]).mean(1)
-    limit = massive.LIMIT * np.median(size)
+    limit = noise.LIMIT * np.median(size)
     weights = np.minimum(limit / size, 1)
     np.testing.assert_allclose(found.gram[0], (x[0] * weights[:, None]).T @ x[0], rtol=1e-4)
     np.testing.assert_allclose(found.lack[0], weights @ r[0], rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ from graphq import ir
 from graphq.calibration import open_calibration
 from graphq.errors import RecipeError
 from graphq.executor import Executor
+from graphq.noise import decibel
 from graphq.passes import _migrate_math as math
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.migrate import Migrate
@@ -225,7 +226,7 @@ def test_moving_scale_lowers_the_noise(seed: int, rule: str) -> None:
     layer = heavy_layer(seed)
     k, noise = math.best(layer, rule, math.ALPHAS)
     assert noise == layer.noise(k)
-    assert math.decibel(layer.noise(np.ones(D, np.float32)), noise) > 3
+    assert decibel(layer.noise(np.ones(D, np.float32)), noise) > 3
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,14 +10,13 @@ import onnx_ir
 import pytest
 from onnx import numpy_helper, parser
 
-from graphq import ir, linear, qdq
+from graphq import ir, linear, qdq, twins
 from graphq.calibration import CalibrationSet, open_calibration
 from graphq.executor import Executor, Fetch
-from graphq.passes import _layer_error
-from graphq.passes._layer_error import LayerError
-from graphq.quantizers import Uniform
+from graphq.quantizers import Format, Uniform
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import get_target
+from graphq.twins import LayerError, Twin
 
 ACTIVATION = QuantSpec(8, signed=False, symmetric=False)
 WEIGHT = get_target("onnxruntime").weight
@@ -48,7 +47,13 @@ def measure(model: ir.Model, calib: CalibrationSet, weight: QuantSpec = WEIGHT) 
         name: (ACTIVATION, Uniform(ACTIVATION).fit(float(array.min()), float(array.max())))
         for name, array in zip(names, arrays, strict=True)
     }
-    return _layer_error.measure(model, anchors, found, weight, calib)
+    return errors(model, anchors, found, weight, calib)
+
+
+def errors(model: ir.Model, nodes: list[ir.Node], found: dict[str, Format], weight: QuantSpec,
+           calib: CalibrationSet) -> dict[str, LayerError]:  # fmt: skip
+    pairs = [Twin(node.name or "", qdq.spec_for_weight(node, weight), found[linear.data_of(node).name or ""]) for node in nodes]
+    return {pair.layer: error for pair, error in zip(pairs, twins.measure(model, pairs, calib), strict=True)}
 
 
 LAYERS = {
@@ -88,7 +93,6 @@ def test_equals_the_definition(case: str, per_channel: bool) -> None:
     assert found.shift is not None and found.rows == plain.size // plain.shape[channel]
     axes = tuple(axis for axis in range(plain.ndim) if axis != channel)
     np.testing.assert_allclose(found.shift, error.mean(axes), atol=1e-5 * np.abs(plain).max())
-    assert found.work == 1
 
 
 CHAIN = "g (float[N, 8] x) => (float[N, 8] z) { [one] a = MatMul(x, w1) [two] b = MatMul(a, w2) t = Tanh(b) [three] z = Gemm(t, w3) }"
@@ -100,18 +104,11 @@ def test_errors_do_not_add_up() -> None:
     model = build(CHAIN, **weights)
     calib = data(model, x=floats(SAMPLES, 8))
     found = measure(model, calib)
-    rough = _layer_error.measure(model, [node for node in model.graph if node.name == "two"],
-                                 {"a": (ACTIVATION, Uniform(ACTIVATION).fit(-20.0, 20.0))}, WEIGHT, calib)  # fmt: skip
+    rough = errors(model, [node for node in model.graph if node.name == "two"],
+                   {"a": (ACTIVATION, Uniform(ACTIVATION).fit(-20.0, 20.0))}, WEIGHT, calib)  # fmt: skip
     again = measure(model, calib)
     assert {name: error.sqnr_db for name, error in again.items()} == {name: error.sqnr_db for name, error in found.items()}
-    assert rough["two"].sqnr_db < found["two"].sqnr_db and list(rough) == ["two"] and rough["two"].work == 1
-
-
-def test_work_is_the_share_of_multiply_adds() -> None:
-    text = "g (float[N, 3, 8, 8] x) => (float[] y) { [conv] a = Conv(x, w) f = Flatten(a) [fc] y = Gemm(f, v) }"
-    model = build(text, w=floats(4, 3, 1, 1), v=floats(256, 10))
-    found = measure(model, data(model, x=floats(SAMPLES, 3, 8, 8)))
-    assert found["conv"].work == pytest.approx(768 / (768 + 2560)) and found["fc"].work == pytest.approx(2560 / (768 + 2560))
+    assert rough["two"].sqnr_db < found["two"].sqnr_db and list(rough) == ["two"]
 
 
 def test_the_model_is_not_changed() -> None:
