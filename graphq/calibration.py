@@ -69,25 +69,29 @@ class CalibrationSet:
         """The number of samples that the model takes at once, if it takes no other."""
         return _fixed_batch(self.inputs)
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Samples `start` to `stop`: for each input an array `[size, ...]` of its dtype; the last may be shorter.
+    def batches(self, size: int, starts: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """For each input an array `[size, ...]` of its dtype; the last may be shorter.
 
         If the model's batch is fixed, that is the size of each, and an incomplete last one is left out.
+
+        Args:
+            size: Samples in a batch.
+            starts: Where batches begin, ascending and at least `size` apart; by default one behind the other.
         """
-        stop = len(self) if stop is None else min(stop, len(self))
-        if size < 1 or start < 0:
-            raise ValueError(f"size must be at least 1 and start at least 0, not {size} and {start}")
-        fixed = self.fixed_batch
-        if fixed and 0 < stop - start < fixed:
+        fixed, count = self.fixed_batch, len(self)
+        if size < 1 or min(starts or [0]) < 0:
+            raise ValueError(f"size must be at least 1 and starts at least 0, not {size} and {starts}")
+        if fixed and count < fixed:
             raise DataError(
-                f"the model takes {fixed} samples at once, there are {stop - start}",
+                f"the model takes {fixed} samples at once, there are {count}",
                 where=self.description,
                 expected=f"at least {fixed} samples",
                 hint="give more samples, or export the model with a dynamic batch dimension",
             )
-        last = stop - (stop - start) % fixed if fixed and stop > start else stop
-        firsts = range(self.start + start, self.start + last, fixed or size)
-        return self._read([(first, min(first + (fixed or size), self.start + last)) for first in firsts])
+        size = fixed or size
+        end = count - count % fixed if fixed else count
+        bounds = [(start, min(start + size, end)) for start in (range(0, end, size) if starts is None else starts)]
+        return self._read([(self.start + first, self.start + last) for first, last in bounds if first < last])
 
     def _read(self, bounds: list[tuple[int, int]]) -> Iterator[dict[str, np.ndarray]]:
         streams = [column.stream(bounds) for column in self.columns]

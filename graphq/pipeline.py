@@ -152,15 +152,13 @@ def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, p
     whole = sum(sample_size(ir.shape_of(values.get(fetch.value))) for fetch in fetches if fetch.view == "whole")
     size = data.fixed_batch or (min(BATCH, max(1, WHOLE // ((WORKERS + 1) * whole))) if whole else BATCH)
     every = max(1, len(data) // (size * SAMPLED_BATCHES)) if len(cheap) < len(fetches) else 1
-    end = len(data) // size * size or len(data) if data.fixed_batch else len(data)
-    starts, stats, done = range(0, end, size), {observer: observer.init() for observer in observers}, 0
+    starts, stats, done = range(0, len(data), size), {observer: observer.init() for observer in observers}, 0
     rest = [start for index, start in enumerate(starts) if index % every]
     for chosen, firsts in ((fetches, starts[::every]), (cheap, rest)):  # one session after the other: each holds its own memory
         if not chosen or not firsts:
             continue
         executor = Executor(model, chosen, threads=THREADS)
-        batches = (batch for first in firsts for batch in data.batches(size, first, first + size))
-        for parts in run_ahead(partial(_fold_batch, executor, observers, batch) for batch in batches):
+        for parts in run_ahead(partial(_fold_batch, executor, observers, batch) for batch in data.batches(size, firsts)):
             for observer, part in zip(observers, parts, strict=True):
                 stats[observer] = observer.merge(stats[observer], part)
             done += size

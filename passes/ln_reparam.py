@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.editor import Editor
-from graphq.observers import ChannelRange, Range
+from graphq.observers import ChannelRange, Range, range_stat
 from graphq.passes import _bias, _scaling
 from graphq.passes import _ln_reparam_math as math
 from graphq.passes._ln_reparam_math import Change
@@ -66,7 +66,7 @@ class LnReparam(Pass):
             ranges[value.name or ""] = math.common_range(one, self.bits, symmetric=ctx.target.activation.symmetric)
             ctx.measure(node.name or "", widest=one.ratio.max(), narrowest=one.ratio.min(), shifted=shifts, folded=folds)
         for name, (least, most) in ranges.items():
-            ctx.assume(Range(name), {"low": np.array(least), "high": np.array(most), "count": np.array(1), "nonfinite": np.array(0)})
+            ctx.assume(Range(name), range_stat(least, most, 1, 0))
 
     def _norms(self, model: ir.Model, ctx: PassContext) -> Iterator[tuple[ir.Node, list[ir.Node]]]:
         """Normalizations with the layers that read them; others are skipped with the reason."""

@@ -16,7 +16,7 @@ from pydantic import Field
 from graphq import ir, linear
 from graphq.exclude import require_matches
 from graphq.noise import decibel
-from graphq.observers import ChannelRange, Range, Rows, Stat
+from graphq.observers import ChannelRange, Range, Rows, Stat, range_stat
 from graphq.passes import _bias, _placement, _scaling
 from graphq.passes import _migrate_math as math
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -86,7 +86,7 @@ class Migrate(Pass):
             ranges[moved.name or ""] = math.scaled_range(layer.low - c, layer.high - c, k)
             ctx.measure(value.name or "", gain_db=gain, folded=folds, shifted=bool(c.any()))
         for name, (least, most) in ranges.items():
-            ctx.assume(Range(name), {"low": np.array(least), "high": np.array(most), "count": np.array(1), "nonfinite": np.array(0)})
+            ctx.assume(Range(name), range_stat(least, most, 1, 0))
 
     def _layer(self, nodes: list[ir.Node], seen: Stat, rows: Stat, target: Target) -> math.Layer:
         low, high = (np.asarray(seen[end], np.float64) for end in ("low", "high"))

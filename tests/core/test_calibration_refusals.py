@@ -28,8 +28,8 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
-def read(data: CalibrationSet, **rows: Any) -> dict[str, np.ndarray]:
-    batches = list(data.batches(4, **rows))
+def read(data: CalibrationSet) -> dict[str, np.ndarray]:
+    batches = list(data.batches(4))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -88,7 +88,7 @@ def test_not_finite(bad: float) -> None:
     array = noise(10, 3, 8, 6).astype(np.float64)
     array[7, 1, 2, 3] = array[9, 0, 0, 0] = bad
     refuse(array, IMAGE, "NaN or Inf in the data for input 'x', first in sample 7")
-    assert len(read(open_calibration(array, IMAGE), stop=7)["x"]) == 7
+    assert len(read(open_calibration(array, IMAGE).take(7))["x"]) == 7
 
 
 def test_sample_counts() -> None:
