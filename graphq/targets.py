@@ -104,7 +104,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         activation=replace(_INT8, signed=False, symmetric=False), weight=_INT8_WEIGHT, bias_int32=True, symmetric_only=False,
         opset=26, ir_version=13, ops=MappingProxyType(_ORT_OPS), fused_activations=frozenset({"Relu", "Clip"}),
         moves_codes=frozenset({*_SHAPE_ONLY, "SpaceToDepth"}),
-        forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection"}),
+        forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection", "attention-bias"}),
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
     ),
     "tensorrt": _TENSORRT,

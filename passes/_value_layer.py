@@ -5,6 +5,7 @@ Attention mixes tokens, never the channels of its values: what scales a channel 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,14 @@ _UNKNOWN = 2
 
 @dataclass(frozen=True)
 class Source:
-    """Channel j of the value scales with output channel `channels[j]` of `layer`; `channels`: int64 [D], each once."""
+    """Channel j of the value scales with output channel `channels[j]` of `layer`; `channels`: int64 [D], each once.
+
+    `path` are the nodes between, in the order of the graph.
+    """
 
     layer: ir.Node
     channels: np.ndarray
+    path: tuple[ir.Node, ...]
 
     def divide(self, edit: Editor, k: np.ndarray) -> None:
         """Let the layer make the value divided by `k`, float32 of shape (D,), positive."""
@@ -44,35 +49,48 @@ class Source:
 
 def source(value: ir.Value) -> Source | None:
     """The layer behind `value` (whoever reads that); None where something between reads or mixes its channels."""
-    path, layer = list[ir.Node](), ir.producer(value)
-    while layer is not None and not _is_layer(layer):
-        step = _step(layer)
-        if step is None:
-            return None
-        path.append(layer)
-        if len(ir.uses(step)) != 1 or step.is_graph_output():
-            return None
-        layer = ir.producer(step)
-    slot = _bias.find(layer) if layer is not None else None
-    if layer is None or (linear.bias_of(layer) is not None and slot is None):
+    found = trace(value)
+    if found is None:
         return None
-    if slot is not None and slot[0].op_type == "DequantizeLinear":
+    layer, path = found
+    slot = _bias.find(layer)
+    if (linear.bias_of(layer) is not None and slot is None) or (slot is not None and slot[0].op_type == "DequantizeLinear"):
         return None
-    width = ir.constant_shape(linear.weight_of(layer))[linear.out_axis(layer)]
+    labels = channel_labels(layer, path)
+    if labels is None:
+        return None
+    rows, width = labels.reshape(-1, labels.shape[-1]), ir.constant_shape(linear.weight_of(layer))[linear.out_axis(layer)]
+    if rows.shape[1] != width or (rows != rows[0]).any() or len(np.unique(rows[0])) != width:
+        return None
+    return Source(layer, rows[0], tuple(path))
+
+
+def trace(value: ir.Value) -> tuple[ir.Node, list[ir.Node]] | None:
+    """The layer behind `value`, and what lies between in the order of the graph; None if that is more than passing channels on."""
+    path, node = list[ir.Node](), ir.producer(value)
+    while node is not None and not _is_layer(node):
+        step = _step(node)
+        if step is None or len(ir.uses(step)) != 1 or step.is_graph_output():
+            return None
+        path.append(node)
+        node = ir.producer(step)
+    return None if node is None else (node, path[::-1])
+
+
+def channel_labels(layer: ir.Node, path: Sequence[ir.Node]) -> np.ndarray | None:
+    """The output channel of `layer` that each element behind `path` comes from; None where that cannot be told."""
     shape = ir.shape_of(layer.outputs[0])
     if shape is None:
         return None
+    width = ir.constant_shape(linear.weight_of(layer))[linear.out_axis(layer)]
     sizes = [dim if isinstance(dim, int) else _UNKNOWN for dim in shape[:-1]]
     labels = np.broadcast_to(np.arange(width, dtype=np.int32), [*sizes, width])
     try:
-        for node in reversed(path):
+        for node in path:
             labels = _follow(node, labels)
     except (ValueError, IndexError):
         return None
-    rows = labels.reshape(-1, labels.shape[-1])
-    if rows.shape[1] != width or (rows != rows[0]).any() or len(np.unique(rows[0])) != width:
-        return None
-    return Source(layer, rows[0])
+    return labels
 
 
 def _is_layer(node: ir.Node) -> bool:
@@ -85,6 +103,8 @@ def _step(node: ir.Node) -> ir.Value | None:
         return None
     if node.op_type in _MOVES or node.op_type == "Relu":
         return node.inputs[0]
+    if node.op_type in ("Mul", "Div") and _is_number(node.inputs[1]):
+        return node.inputs[0]
     if node.op_type == "MatMul":  # of attention and values
         return node.inputs[1] if ir.constant(node.inputs[1]) is None else None
     for value in node.inputs if node.op_type == "Add" else ():
@@ -93,6 +113,11 @@ def _step(node: ir.Node) -> ir.Value | None:
         if slot is not None and slot[0] is node:
             return value
     return None
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    array = ir.constant(value)
+    return array is not None and array.size == 1
 
 
 def _follow(node: ir.Node, labels: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ Which forms those are is the target's matter (`Target.forms`); each was found by
 - `block-convolution`: a strided convolution of few channels (the first one of a CNN) runs over SpaceToDepth blocks, without
   stride: the integer kernel spends most of its time on gathering patches of three channels.
 - `split-projection`: queries, keys and values made by one matrix product, and cut apart behind it, get a product each.
+- `attention-bias`: biases of keys, which change nothing, and of values, which may join the bias behind attention, are no Adds.
 - `pooled-mean`: a mean over all positions becomes GlobalAveragePool, which can stay integer.
 - `floored-mask`: masked attention scores are cut at a floor far below all others. Their exponentials are subnormal numbers
   otherwise, which make Softmax about ten times slower.
@@ -24,6 +25,7 @@ from graphq import ir, linear
 from graphq.editor import Editor
 from graphq.executor import BATCH, THREADS, Executor, Fetch
 from graphq.passes import _tune_math as math
+from graphq.passes._tune_attention import attention_bias
 from graphq.passes._tune_split import split_projection
 from graphq.pipeline import Pass, PassContext, pass_options
 
@@ -138,6 +140,7 @@ _REWRITES: Mapping[str, Callable[[Editor, ir.Node], None]] = {
     "pooled-mean": _pooled_mean,
     "block-convolution": _block_convolution,
     "split-projection": split_projection,
+    "attention-bias": attention_bias,
 }
 
 
