@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import traceback
@@ -15,8 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from graphq import __version__, console
-from graphq.errors import GraphqError, UsageError
-from graphq.names import unknown_name
+from graphq.cli_options import (
+    ARRAYS,
+    Calib,
+    Debug,
+    EmitKind,
+    Evaluate,
+    Json,
+    Limits,
+    MemoryBudget,
+    Model,
+    Preprocess,
+    Quiet,
+    Seed,
+    TargetName,
+    Widths,
+)
+from graphq.errors import GraphqError, UsageError, VerifyError
 
 if TYPE_CHECKING:
     from graphq.report import Report
@@ -30,64 +44,6 @@ recipes = typer.Typer(rich_markup_mode=None, help="List or show the built-in rec
 passes = typer.Typer(rich_markup_mode=None, help="List the passes, or show the options of one.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 app.add_typer(passes, name="passes", invoke_without_command=True)
-
-TARGET_NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "generic")
-"""`graphq.targets.TARGETS`, known without importing it."""
-
-EMIT_KINDS = ("onnx", "engine")
-
-
-def _one_of(kind: str, names: Sequence[str], about: str) -> Any:
-    """An option that takes one of `names`, and says which one was meant."""
-
-    def check(value: str) -> str:
-        if value in names:
-            return value
-        wrong = unknown_name(kind, value, names)
-        raise typer.BadParameter(f"{wrong['what']} Expected {wrong['expected']}{wrong['hint'] and '; ' + wrong['hint']}")
-
-    return typer.Option(metavar="|".join(names), callback=check, autocompletion=lambda: list(names), help=about)
-
-
-_ARRAYS = "an .npz with one array per model input, an .npy, or a folder of images"
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
-Calib = Annotated[Path | None, typer.Option(help=f"Calibration inputs: {_ARRAYS}.")]
-Preprocess = Annotated[str | None, typer.Option(help="How uint8 images become inputs: imagenet, inception, unit, none, or a YAML file.")]
-Evaluate = Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`: measure accuracy before and after.")]
-TargetName = Annotated[str, _one_of("target", TARGET_NAMES, "The runtime to write for.")]
-EmitKind = Annotated[str, _one_of("kind of result", EMIT_KINDS, "Write an ONNX model, or a TensorRT engine.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
-
-
-def parse_size(text: str | int) -> int:
-    """`512MB`, `2 GiB`, `1.5g` or a number of bytes; a kilobyte has 1024 bytes, whichever way it is written."""
-    match = _SIZE.fullmatch(str(text))
-    count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if count < 1 << 20:
-        raise typer.BadParameter(f"{text!r} is not a size of at least 1MB. Write it as 512MB or 2GB.")
-    return count
-
-
-MemoryBudget = Annotated[
-    int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB", help="Memory for activations, such as 512MB.")
-]  # fmt: skip
-
-
-def parse_bits(text: str) -> tuple[int, ...]:
-    """`8,6,4`: widths from 4 to 8."""
-    if not re.fullmatch(r"[4-8](,[4-8])*", text.replace(" ", "")):
-        raise typer.BadParameter(f"{text!r} is no list of widths from 4 to 8. Write it as 8,6,4.")
-    return tuple(int(width) for width in text.split(","))
-
-
-Widths = Annotated[Any, typer.Option(metavar="N,N,...", parser=parse_bits, help="Widths to try; the first is the one in question.")]
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -115,6 +71,7 @@ def convert(
     preprocess: Preprocess = None,
     target: TargetName = "onnxruntime",
     emit: EmitKind = "onnx",
+    gate: Limits = None,
     evaluate: Evaluate = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.json.")] = None,
     seed: Seed = 0,
@@ -130,15 +87,25 @@ def convert(
     if report is not None:
         check_folder(report)
     kind = cast(Literal["onnx", "engine"], emit)
-    with console.progress_bar(enabled=not quiet) as progress:
-        result = run(
-            model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target, emit=kind, evaluate=evaluate,
-            report_dir=report, seed=seed, memory_budget=memory_budget, command=shlex.join(["graphq", *context.obj]), progress=progress,
-        )  # fmt: skip
+    try:
+        with console.progress_bar(enabled=not quiet) as progress:
+            result = run(
+                model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target, emit=kind, limits=dict(gate or ()),
+                evaluate=evaluate, report_dir=report, seed=seed, memory_budget=memory_budget,
+                command=shlex.join(["graphq", *context.obj]), progress=progress,
+            )  # fmt: skip
+    except VerifyError as error:
+        if error.report is not None:
+            _show_report(error.report, report, as_json=as_json, quiet=quiet)
+        raise
+    _show_report(result, report, as_json=as_json, quiet=quiet)
+
+
+def _show_report(result: Report, folder: Path | None, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         sys.stdout.write(result.to_json() + "\n")
     elif not quiet:
-        console.summary(result, None if report is None else report / "report.json")
+        console.summary(result, None if folder is None else folder / "report.json")
     if as_json and not quiet:
         for note in result.notes:
             console.say(f"Note: {note}", style="bold yellow", stderr=True)
@@ -170,7 +137,7 @@ def inspect(
 def compare(
     model_a: Annotated[Path, typer.Argument(metavar="A", help="The original ONNX file.")],
     model_b: Annotated[Path, typer.Argument(metavar="B", help="The ONNX file to compare with it.")],
-    data: Annotated[Path | None, typer.Option(help=f"Inputs: {_ARRAYS}. Random without it.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"Inputs: {ARRAYS}. Random without it.")] = None,
     preprocess: Preprocess = None,
     samples: Annotated[int, typer.Option(min=1, help="Use at most so many samples.")] = 64,
     layers: Annotated[bool, typer.Option("--layers", help="Compare every value that both models have; worst first.")] = False,

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import graphq
-from graphq import accuracy, ir, kernels_used, linear, report, targets, verify
+from graphq import accuracy, gates, ir, kernels_used, linear, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
 from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
 from graphq.executor import Executor
+from graphq.gates import GateResult
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import Preprocess
 from graphq.qdq import quantized_weight_bytes
-from graphq.recipe import Gates, Recipe, load_recipe
-from graphq.report import Accuracy, CalibrationFacts, GateResult, Latency, OutputComparison, Report
+from graphq.recipe import Recipe, load_recipe
+from graphq.report import Accuracy, CalibrationFacts, Latency, OutputComparison, Report
 from graphq.targets import Target
 
 HELD_OUT = 8
@@ -34,7 +35,8 @@ Emit = Literal["onnx", "engine"]
 
 def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe = "int8", calib: Source | None = None,
             preprocess: str | Path | Preprocess | None = None, target: str = "onnxruntime", emit: Emit = "onnx",
-            evaluate: str | Path | None = None, report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
+            limits: Mapping[str, float | None] | None = None, evaluate: str | Path | None = None,
+            report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
             command: str | None = None, progress: Progress = no_progress) -> Report:  # fmt: skip
     """Compress `model` by `recipe` and write the result to `out` once it is verified.
 
@@ -47,6 +49,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         preprocess: Preset or YAML file for images.
         target: The runtime to write for, one of `graphq.targets.TARGETS`.
         emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
+        limits: Gates by name that take the place of the recipe's; None takes one away.
         evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after.
         report_dir: Folder for report.json.
         seed: Of everything random.
@@ -56,15 +59,16 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
 
     Raises:
         GraphqError: with a class for each kind of fault, see `graphq.errors`. Nothing is written then, except that a
-            result that failed verification is kept as `<out>.failed.onnx`.
+            result that failed verification is kept as `<out>.failed.onnx`, with its report, which `VerifyError.report` is too.
     """
     path, out_path, clock = Path(model), Path(out), _Clock()
     goal = targets.get_target(target)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    plan = plan.with_gates(limits) if limits else plan
     _check_request(plan, goal, emit, evaluate)
     with clock("load"):
         original = ir.load(path)
-        files.check_output(out_path, path)
+        files.check_output(out_path, _inputs(path, original, recipe, calib, preprocess, evaluate))
         targets.require_legal(original, goal)
         if report_dir is not None:
             report.check_folder(report_dir)
@@ -79,17 +83,28 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         targets.require_legal(ctx.model, goal)
         verify.require_same_interface(original, ctx.model)
         measured = _measure(original, ctx, plan, labelled, out_path)
-    gates = check_gates(plan.gates, measured)
     with clock("emit"):
-        result = _report(path, original, ctx, plan, data, seed, command, records, measured, gates, _notes(data, plan, goal, emit))
-        _require_passed(gates, ctx.model, out_path)
+        result = _report(path, original, ctx, plan, data, seed, command, records, measured, _notes(data, plan, goal, emit))
         report.embed(ctx.model, result)
-        limit = plan.gates.max_size_ratio * result.model.bytes
-        _emit(ctx.model, out_path, emit, goal, held_out, limit, progress)
-    result = replace(result, output=report.file_facts(out_path, ctx.model), seconds=clock.seconds)
+        try:
+            gates.require_passed(result.gates)
+            with files.pending(out_path) as file:
+                _write(ctx.model, file, emit, goal, held_out, progress)
+                size = files.written_bytes(file)
+                result = replace(result, gates=measured.gates(plan, size / result.model.bytes if emit == "onnx" else None))
+                gates.require_passed(result.gates)
+        except VerifyError as error:
+            raise _refused(error, ctx.model, out_path, result, report_dir) from error
+        files.aside(out_path).unlink(missing_ok=True)  # of an earlier run
+    result = replace(result, output=report.file_facts(out_path, ctx.model, size), seconds=clock.seconds)
     if report_dir is not None:
         report.write(result, report_dir)
     return result
+
+
+def _inputs(path: Path, model: ir.Model, *others: object) -> list[Path]:
+    """Whatever a conversion may read: the model, its data files, and those of `others` that are paths."""
+    return [path, *report.external_files(path, model), *(Path(other) for other in others if isinstance(other, str | Path))]
 
 
 @dataclass
@@ -113,6 +128,9 @@ class Measured:
     latency: Latency | None
     accuracy: Accuracy | None
     integer_kernels: Mapping[str, int]
+
+    def gates(self, plan: Recipe, size_ratio: float | None = None) -> tuple[GateResult, ...]:
+        return gates.check(plan.gates, self.comparison, self.latency, self.accuracy, size_ratio)
 
 
 def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) -> None:
@@ -148,11 +166,11 @@ def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accur
         comparison = verify.compare(reference, result, ctx.held_out, names)
     except ModelError as error:
         list(Executor(original, deployed=deployed).stream(ctx.held_out.batches(1)))  # raises if the fault is the original's
-        raise _aside(
+        raise _refused(
             VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out
         ) from error
     except VerifyError as error:
-        raise _aside(error, ctx.model, out) from error
+        raise _refused(error, ctx.model, out) from error
     ctx.progress("verify", 1, 3)
     latency = None
     if deployed:
@@ -163,77 +181,36 @@ def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accur
     return Measured(comparison, latency, found, kernels)
 
 
-def check_gates(gates: Gates, measured: Measured) -> tuple[GateResult, ...]:
-    """Every limit of the recipe against what was measured; a limit that nothing measured is left out."""
-    worst = min((entry.sqnr_db for entry in measured.comparison), default=float("inf"))
-    cosine = min((entry.cosine for entry in measured.comparison), default=1.0)
-    rows: list[tuple[str, float | None, float | None, int]] = [
-        ("min_sqnr_db", gates.min_sqnr_db, worst, 1),
-        ("min_cosine", gates.min_cosine, cosine, 1),
-        ("min_speedup", gates.min_speedup, measured.latency.speedup if measured.latency else None, 1),
-        (
-            "max_accuracy_drop",
-            gates.max_accuracy_drop,
-            100 * (measured.accuracy.reference - measured.accuracy.result) if measured.accuracy else None,
-            -1,
-        ),
-    ]
-    return tuple(
-        GateResult(name, limit, value, (value - limit) * sign >= 0)
-        for name, limit, value, sign in rows
-        if limit is not None and value is not None
-    )
-
-
-def _require_passed(gates: tuple[GateResult, ...], model: ir.Model, out: Path) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        rows = "; ".join(f"{gate.name} is {gate.limit:g}, measured {gate.value:.4g}" for gate in failed)
-        hint = "use more calibration data, another recipe, or other gates"
-        if {gate.name for gate in failed} == {"min_speedup"}:
-            hint = "`graphq inspect --kernels` on the refused result shows what stays float; or lower the gate"
-        error = VerifyError("The result misses a gate of the recipe.", where=rows, hint=hint)
-        raise _aside(error, model, out)
-
-
-def _aside(error: VerifyError, model: ir.Model, out: Path) -> VerifyError:
-    """Keep a refused result under a name that says so."""
-    aside = files.aside(out)
+def _refused(error: VerifyError, model: ir.Model, out: Path, result: Report | None = None,
+             report_dir: str | Path | None = None) -> VerifyError:  # fmt: skip
+    """`error`, once the refused result is kept under a name that says so, with the report about it."""
+    file, hint = files.aside(out), error.hint and f"{error.hint}; "
     try:
-        files.emit_onnx(model, aside)
+        with files.pending(file) as part:
+            ir.save(model, part)
+            size = files.written_bytes(part)
     except OSError:
         return error
-    return VerifyError(
-        error.what,
-        where=error.where,
-        expected=error.expected,
-        hint=f"{error.hint + '; ' if error.hint else ''}the refused result is {aside}",
-    )
+    earlier = f" ({out} is that of an earlier run)" if out.exists() else ""
+    refused = VerifyError(error.what, where=error.where, expected=error.expected, hint=f"{hint}the refused result is {file}{earlier}")
+    if result is not None:
+        refused.report = replace(result, output=report.file_facts(file, model, size))
+        if report_dir is not None:
+            report.write(refused.report, report_dir)
+    return refused
 
 
-def _emit(model: ir.Model, out: Path, emit: Emit, target: Target, data: CalibrationSet, limit: float, progress: Progress) -> None:
+def _write(model: ir.Model, file: Path, emit: Emit, target: Target, data: CalibrationSet, progress: Progress) -> None:
     if emit == "engine":
         from graphq.backends import tensorrt
 
-        return tensorrt.emit_engine(model, out, target, data, progress)
-
-    def write(file: Path) -> None:
+        tensorrt.emit_engine(model, file, target, data, progress)
+    else:
         ir.save(model, file)
-        size = sum(part.stat().st_size for part in file.parent.iterdir())
-        if size > limit:
-            error = VerifyError(
-                f"The result is larger than the recipe allows: {size} bytes.",
-                expected=f"{limit:.0f} bytes at most (gate max_size_ratio)",
-                hint="too little of this model can be quantized; raise the gate to accept that",
-            )
-            raise _aside(error, model, out)
-
-    files.write_atomically(out, write)
 
 
 def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data: CalibrationSet, seed: int, command: str | None,
-            records: list[PassRecord], measured: Measured, gates: tuple[GateResult, ...],
-            notes: tuple[str, ...]) -> Report:  # fmt: skip
+            records: list[PassRecord], measured: Measured, notes: tuple[str, ...]) -> Report:  # fmt: skip
     before, after = quantized_weight_bytes(ctx.model)
     facts = report.file_facts(path, original)
     return Report(
@@ -243,7 +220,7 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
         passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
         quantized=_quantized(ctx.model), weight_bytes_before=before, weight_bytes_after=after, integer_kernels=measured.integer_kernels,
-        gates=gates, versions=report.tool_versions(), notes=notes,
+        gates=measured.gates(plan), versions=report.tool_versions(), notes=notes,
     )  # fmt: skip
 
 

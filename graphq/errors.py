@@ -6,7 +6,10 @@ its `exit_code`. Anything else that escapes is a bug.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from graphq.report import Report
 
 
 class GraphqError(Exception):
@@ -50,6 +53,11 @@ class UsageError(GraphqError):
 
 
 class VerifyError(GraphqError):
-    """The result is not a valid model, or too far from the reference model."""
+    """The result is not a valid model, or misses a gate.
+
+    Attributes:
+        report: What there is to say about a result that misses a gate; None of others.
+    """
 
     exit_code = 3
+    report: Report | None = None

@@ -16,18 +16,18 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module, metadata
 from inspect import isabstract
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as options
+from pydantic import TypeAdapter, ValidationError
 
 from graphq.errors import RecipeError
+from graphq.gates import Gates
 from graphq.names import unknown_name
 
 if TYPE_CHECKING:
@@ -51,25 +51,6 @@ _Path = tuple[str | int, ...]
 # ---- recipes as values ----------------------------------------------------------------------------------------------
 
 
-@options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class Gates:
-    """What a result has to reach; one that misses a gate is not written where it was asked for. None means: not asked for.
-
-    Attributes:
-        min_sqnr_db: Signal to quantization noise of each output against the original model, in dB.
-        max_accuracy_drop: Points of top-1 accuracy that may be lost on the evaluation set.
-        min_speedup: Latency of the original over latency of the result, measured on the target.
-        min_cosine: Cosine similarity of each output with that of the original model.
-        max_size_ratio: Size of the result over that of the original file; larger than the input is refused unless this says more.
-    """
-
-    min_sqnr_db: float | None = None
-    max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
-    min_speedup: Annotated[float, Field(gt=0)] | None = None
-    min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
-    max_size_ratio: Annotated[float, Field(gt=0)] = 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Passes in the order they run, and what the result has to reach."""
@@ -88,6 +69,11 @@ class Recipe:
             "gates": changed_options(self.gates),
         }
         return yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False, allow_unicode=True, width=120)
+
+    def with_gates(self, limits: Mapping[str, float | None]) -> Recipe:
+        """The recipe with other limits, by the names of gates; None takes one away. Raises RecipeError."""
+        document = _Document("{}", "the gates that were given")
+        return replace(self, gates=document.build(Gates, {**changed_options(self.gates), **limits}, (), "gate"))
 
 
 def changed_options(value: Pass | Gates) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from graphq import ir
 from graphq.errors import GraphqError, ModelError, UsageError
+from graphq.gates import GateResult
 from graphq.pipeline import PassRecord
 
 SCHEMA = 1
@@ -97,16 +98,6 @@ class Accuracy:
     reference: float
     result: float
     samples: int
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One limit of the recipe and what was measured."""
-
-    name: str
-    limit: float
-    value: float
-    passed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,21 +198,22 @@ def plain(value: Any) -> Any:
 # ---- facts to fill a report with -----------------------------------------------------------------------------------
 
 
-def file_facts(path: str | os.PathLike[str], model: ir.Model) -> FileFacts:
-    """Facts about the file that `model` was read from, or was written to."""
+def file_facts(path: str | os.PathLike[str], model: ir.Model, size: int | None = None) -> FileFacts:
+    """Facts about the file that `model` was read from, or was written to with `size` bytes in all."""
     path = Path(path)
+    size = path.stat().st_size + sum(file.stat().st_size for file in external_files(path, model)) if size is None else size
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return FileFacts(str(path), digest.hexdigest(), path.stat().st_size + external_bytes(path, model), ir.opset(model), parameters(model))
+    return FileFacts(str(path), digest.hexdigest(), size, ir.opset(model), parameters(model))
 
 
-def external_bytes(path: Path, model: ir.Model) -> int:
-    """Bytes of the data files that the weights of `model`, read from `path`, lie in."""
+def external_files(path: Path, model: ir.Model) -> list[Path]:
+    """The data files that the weights of `model`, read from `path`, lie in."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     names = {str(location) for tensor in tensors if (location := getattr(tensor, "location", None))}
-    return sum(file.stat().st_size for name in names if (file := path.parent / name).is_file())
+    return [file for name in sorted(names) if (file := path.parent / name).is_file()]
 
 
 def parameters(model: ir.Model) -> int:
@@ -295,7 +287,7 @@ def embed(model: ir.Model, report: Report) -> None:
         created="",
         command=None,
         latency=None,
-        gates=tuple(gate for gate in report.gates if gate.name != "min_speedup"),
+        gates=tuple(gate for gate in report.gates if gate.name not in ("min_speedup", "max_size_ratio")),
         seconds={},
         passes=tuple(replace(record, seconds=0.0) for record in report.passes),
         model=replace(report.model, path=Path(report.model.path).name),

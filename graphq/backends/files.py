@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from graphq import ir
 from graphq.errors import UsageError
 
 
@@ -17,20 +17,27 @@ def aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.failed.onnx")
 
 
-def check_output(path: Path, *inputs: Path) -> None:
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
     """Refuse an output path that cannot be used, before any work is done.
 
+    Args:
+        path: Where the result goes.
+        inputs: Files and folders that the conversion reads; those that are not there do not matter.
+
     Raises:
-        UsageError: it is one of `inputs`, a folder, or lies in a folder that is missing or cannot be written.
+        UsageError: it is one of `inputs` or lies in one, is no regular file, or its folder is missing or cannot be written.
     """
-    written = {file.resolve() for file in (path, aside(path), path.with_name(f"{path.name}.data"))}
+    written = [file.resolve() for file in (path, aside(path), path.with_name(f"{path.name}.data"))]
     for source in inputs:
-        if source.resolve() in written:
-            raise UsageError(
-                "The output would overwrite the input.", where=str(path), hint="graphq never touches the input; choose another --out"
-            )
+        for file in written:
+            if file == source.resolve() or (source.is_dir() and file.is_relative_to(source.resolve()) and file.exists()):
+                raise UsageError(
+                    "The output would overwrite an input.", where=f"{path}: {source} is read", hint="choose another --out"
+                )
     if path.is_dir():
         raise UsageError("The output path is a folder.", where=str(path), expected="a file name, such as model.int8.onnx")
+    if path.exists() and not path.is_file():
+        raise UsageError("The output path is no regular file.", where=str(path), expected="a file name, such as model.int8.onnx")
     if not path.parent.is_dir():
         raise UsageError("The output folder does not exist.", where=str(path.parent), hint="create it first")
     try:
@@ -42,11 +49,15 @@ def check_output(path: Path, *inputs: Path) -> None:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file in a fresh folder beside `path`, then move all that it wrote into place, `path` last."""
+@contextmanager
+def pending(path: Path) -> Iterator[Path]:
+    """A path of the same name in a fresh folder beside `path`; what lies there at the end is moved into place, `path` last.
+
+    Nothing is if the block raises.
+    """
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        write(folder / path.name)
+        yield folder / path.name
         written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
         for file in written:
             with open(file, "rb") as handle:
@@ -57,6 +68,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def emit_onnx(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path` (and `<name>.data` beside it if it is larger than a protobuf file can be)."""
-    write_atomically(path, lambda file: ir.save(model, file))
+def written_bytes(file: Path) -> int:
+    """Bytes of the pending `file` and of the data beside it."""
+    return sum(part.stat().st_size for part in file.parent.iterdir())

@@ -54,7 +54,8 @@ def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
     with _saved(model) as file:
         engine = build(file, shapes, target, progress, model)
-    files.write_atomically(out, lambda part: _write(part, engine))
+    with files.pending(out) as part:
+        _write(part, engine)
 
 
 def parse(model: ir.Model, target: Target) -> list[str]:

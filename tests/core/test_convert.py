@@ -17,10 +17,11 @@ from graphq.backends import files
 from graphq.convert import convert
 from graphq.errors import DataError, GraphqError, ModelError, RecipeError, TargetError, UsageError, VerifyError
 from graphq.executor import Executor
+from graphq.gates import Gates
 from graphq.models import digits, onnx_path
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.recipe import Gates, Recipe, load_recipe
+from graphq.recipe import Recipe, load_recipe
 from graphq.report import read_embedded
 
 CNN = onnx_path("digits_cnn")
@@ -120,7 +121,7 @@ def test_accuracy_is_measured_where_there_are_labels(folder: Path, calib: dict[s
         folder / "model.onnx", folder / "out.onnx", recipe=recipe("int8", max_accuracy_drop=20), calib=calib, evaluate=folder / "eval.npz"
     )
     assert found.accuracy is not None and found.accuracy.samples == 64 and found.accuracy.reference > 0.9
-    assert [(gate.name, gate.passed) for gate in found.gates] == [("max_accuracy_drop", True)]
+    assert [(gate.name, gate.passed) for gate in found.gates] == [("max_accuracy_drop", True), ("max_size_ratio", True)]
 
 
 def test_without_data_the_report_says_so(folder: Path) -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graphq import ir
 from graphq.convert import convert
-from graphq.errors import RecipeError, UsageError
+from graphq.errors import RecipeError, UsageError, VerifyError
 from graphq.executor import Executor
+from graphq.gates import Gates
 from graphq.models import digits, onnx_path
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.normalize import Normalize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.pipeline import Pass
-from graphq.recipe import Gates, Recipe, load_recipe
+from graphq.recipe import Recipe, load_recipe
+from graphq.report import Report, read_embedded
 
 CNN = onnx_path("digits_cnn")
 
@@ -45,7 +48,7 @@ def test_a_limit_on_accuracy_without_labels_is_refused(tmp_path: Path, calib: di
 def test_a_limit_on_speed_that_nothing_measures_is_noted(tmp_path: Path, calib: dict[str, np.ndarray], target: str) -> None:
     plan = replace(load_recipe("int8"), gates=Gates(min_speedup=100.0))
     found = convert(CNN, tmp_path / "out.onnx", recipe=plan, calib=calib, target=target)
-    assert found.latency is None and not found.gates
+    assert found.latency is None and [gate.name for gate in found.gates] == ["max_size_ratio"]
     (note,) = found.notes
     assert "min_speedup" in note and "not measured" in note and target in note
 
@@ -53,7 +56,31 @@ def test_a_limit_on_speed_that_nothing_measures_is_noted(tmp_path: Path, calib: 
 def test_a_measured_limit_on_speed_needs_no_note(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
     plan = replace(load_recipe("int8"), gates=Gates(min_speedup=1e-6))
     found = convert(CNN, tmp_path / "out.onnx", recipe=plan, calib=calib)
-    assert not found.notes and [(gate.name, gate.passed) for gate in found.gates] == [("min_speedup", True)]
+    assert not found.notes and [(gate.name, gate.passed) for gate in found.gates] == [("min_speedup", True), ("max_size_ratio", True)]
+
+
+def test_limits_take_the_place_of_the_recipes(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    with pytest.raises(VerifyError, match="min_sqnr_db is 200"):
+        convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_sqnr_db": 200.0})
+    found = convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None, "max_size_ratio": None})
+    assert [gate.name for gate in found.gates] == ["min_cosine"] and "min_speedup" not in found.recipe
+    with pytest.raises(RecipeError, match="(?s)min_sped.*min_speedup"):
+        convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_sped": 1.0})
+
+
+def test_a_refused_result_has_its_report(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    """In the error, in the folder and in the refused file; a later success takes that away."""
+    (tmp_path / "out.onnx").write_text("an earlier result")
+    for limits in ({"min_sqnr_db": 200.0}, {"max_size_ratio": 0.01}):
+        with pytest.raises(VerifyError, match=r"(?s)--gate.*out.onnx is that of an earlier run") as caught:
+            convert(CNN, tmp_path / "out.onnx", calib=calib, limits=limits, report_dir=tmp_path)
+        found, aside = caught.value.report, tmp_path / "out.onnx.failed.onnx"
+        assert found is not None and found.output.path == str(aside) and found.output.bytes == aside.stat().st_size
+        assert [gate.name for gate in found.gates if not gate.passed] == list(limits)
+        assert Report.from_json((tmp_path / "report.json").read_text()) == found
+        assert read_embedded(ir.load(aside)).quantized == found.quantized
+    convert(CNN, tmp_path / "out.onnx", calib=calib)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "report.json"}
 
 
 @pytest.mark.parametrize("passes", [(InsertQdq(),), (QuantizeWeights(), Normalize()), ()], ids=["alone", "late", "none"])

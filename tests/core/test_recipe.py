@@ -15,8 +15,9 @@ from pydantic import Field
 
 from graphq import recipe as recipes
 from graphq.errors import RecipeError
+from graphq.gates import Gates
 from graphq.pipeline import Pass, pass_options
-from graphq.recipe import MAX_BYTES, Gates, Recipe, builtin_recipes, catalog, load_recipe, parse_recipe, pass_class, recipe_schema
+from graphq.recipe import MAX_BYTES, Recipe, builtin_recipes, catalog, load_recipe, parse_recipe, pass_class, recipe_schema
 
 
 @pass_options

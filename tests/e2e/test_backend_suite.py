@@ -25,10 +25,11 @@ from graphq import ir
 from graphq.calibration import random_calibration
 from graphq.convert import convert
 from graphq.errors import DataError, GraphqError
+from graphq.gates import Gates
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import PassContext, run_passes
-from graphq.recipe import Gates, Recipe
+from graphq.recipe import Recipe
 from graphq.report import Report
 from graphq.spec import ModelInput
 from graphq.targets import get_target

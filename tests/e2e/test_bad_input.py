@@ -1,5 +1,6 @@
 """What users get wrong: the exit code, a message that says what, where and what to do, no traceback, and nothing written."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -237,12 +238,34 @@ def test_unknown_preprocessing(refused: Callable[..., str]) -> None:
 
 def test_the_output_is_the_input(refused: Callable[..., str], folder: Path) -> None:
     for same in (folder / "model.onnx", folder / "out" / ".." / "model.onnx"):
-        assert "overwrite the input" in refused(code=2, out=same)
+        assert "overwrite an input" in refused(code=2, out=same)
 
 
 def test_the_output_is_a_link_to_the_input(refused: Callable[..., str], folder: Path) -> None:
     (folder / "link.onnx").symlink_to(folder / "model.onnx")
-    assert "overwrite the input" in refused(code=2, out=folder / "link.onnx")
+    assert "overwrite an input" in refused(code=2, out=folder / "link.onnx")
+
+
+def test_the_output_is_something_else_that_is_read(refused: Callable[..., str], folder: Path) -> None:
+    np.savez(folder / "labelled.npz", x=np.zeros((4, 4), np.float32), labels=np.zeros(4, np.int64))
+    for read in ("calib.npz", "recipe.yaml"):
+        assert "overwrite an input" in refused(code=2, out=folder / read)
+    assert "overwrite an input" in refused(code=2, out=folder / "labelled.npz", eval=folder / "labelled.npz")
+    assert "overwrite an input" in refused(code=2, out=folder / "out" / ".." / "calib.npz", calib=folder / "calib.npz")
+
+
+def test_the_output_is_data_of_the_model(refused: Callable[..., str], folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    for entry in proto.graph.initializer:
+        entry.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(entry), entry.name))
+    onnx.save_model(proto, folder / "large.onnx", save_as_external_data=True, location="large.bin", size_threshold=0)
+    assert "overwrite an input" in refused(code=2, model=folder / "large.onnx", out=folder / "large.bin")
+
+
+def test_the_output_is_no_file(refused: Callable[..., str], folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    for path in (folder / "pipe", "/dev/null"):
+        assert "no regular file" in refused(code=2, out=path)
 
 
 def test_the_output_is_a_folder(refused: Callable[..., str], folder: Path) -> None:

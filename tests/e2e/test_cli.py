@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import graphq
-from graphq import cli, console
+from graphq import cli, cli_options, console
 from graphq.models import digits, onnx_path
 from graphq.report import CalibrationFacts, FileFacts, Report
 from graphq.targets import TARGETS
@@ -102,7 +102,19 @@ def test_a_missed_gate_exits_3_and_keeps_the_result_aside(run: Run, data: Path, 
     (tmp_path / "strict.yaml").write_text(RECIPE + "gates: {min_sqnr_db: 200}\n")
     ended = run("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", tmp_path / "strict.yaml", "--calib", data / "calib.npz")
     assert ended.code == 3 and "min_sqnr_db" in ended.err and "a.onnx.failed.onnx" in ended.err
+    assert "gate min_sqnr_db 200" in ended.out and "MISSED" in ended.out and "quantized:" in ended.out
     assert not (tmp_path / "a.onnx").exists() and (tmp_path / "a.onnx.failed.onnx").exists()
+
+
+def test_gates_can_be_given(run: Run, data: Path, tmp_path: Path) -> None:
+    arguments = ("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", data / "plain.yaml", "--calib", data / "calib.npz")
+    ended = run(*arguments, "--gate", "min_sqnr_db=200", "--gate", "max_size_ratio=off", "--json")
+    assert ended.code == 3 and [gate["name"] for gate in json.loads(ended.out)["gates"]] == ["min_sqnr_db"]
+    assert run(*arguments, "--gate", "min_sqnr_db=1").code == 0
+    wrongs = {"min_sqnr_db": "min_speedup=1.2", "min_sqnr_db=much": "min_speedup=1.2", "min_cosine=2": "less than or equal to 1"}
+    for wrong, word in wrongs.items():
+        ended = run(*arguments, "--gate", wrong)
+        assert ended.code in (1, 2) and word in ended.err and not ended.out
 
 
 def test_a_shown_recipe_can_be_used(run: Run, data: Path, tmp_path: Path) -> None:
@@ -183,20 +195,20 @@ def test_wrong_usage_exits_2_and_helps(run: Run, arguments: list[str], words: st
 
 
 def test_targets_of_the_command_line_are_those_that_exist() -> None:
-    assert set(cli.TARGET_NAMES) == set(TARGETS)
+    assert set(cli_options.TARGET_NAMES) == set(TARGETS)
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("512MB", 512 << 20), ("2 GiB", 2 << 30), ("1.5g", 3 << 29), ("1048576", 1 << 20), ("4096kb", 4 << 20)]
 )
 def test_sizes(text: str, count: int) -> None:
-    assert cli.parse_size(text) == count
+    assert cli_options.parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-2GB", "2XB", "10", "1e9", "2GB extra"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(Exception, match="is not a size"):
-        cli.parse_size(text)
+        cli_options.parse_size(text)
 
 
 def test_an_unexpected_error_is_called_a_bug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

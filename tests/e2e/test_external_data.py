@@ -15,7 +15,8 @@ import pytest
 from onnx import numpy_helper, parser
 
 from graphq.convert import convert
-from graphq.recipe import Gates, load_recipe
+from graphq.gates import Gates
+from graphq.recipe import load_recipe
 
 X = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
 PLAIN = """g (float[N, 64] x) => (float[N, 64] y) {

@@ -14,8 +14,9 @@ import pytest
 
 from graphq import ir, kernels_used, linear, report
 from graphq.convert import convert
+from graphq.gates import Gates
 from graphq.models import digits, onnx_path
-from graphq.recipe import Gates, Recipe, builtin_recipes, load_recipe
+from graphq.recipe import Recipe, builtin_recipes, load_recipe
 from graphq.report import Report
 from graphq.targets import TARGETS, require_legal
 
