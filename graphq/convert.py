@@ -219,23 +219,25 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         recipe=plan.to_yaml(), recipe_name=plan.name, target=ctx.target.name,
         calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
         passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
-        quantized=_quantized(ctx.model), weight_bytes_before=before, weight_bytes_after=after, integer_kernels=measured.integer_kernels,
-        gates=measured.gates(plan), versions=report.tool_versions(), notes=notes,
+        quantized=_quantized(ctx.model, ctx.target), weight_bytes_before=before, weight_bytes_after=after,
+        integer_kernels=measured.integer_kernels, gates=measured.gates(plan), versions=report.tool_versions(), notes=notes,
     )  # fmt: skip
 
 
-def _quantized(model: ir.Model) -> dict[str, int]:
-    """Quantized nodes by operator type: linear ones with integer weights, others between DequantizeLinear and QuantizeLinear."""
+def _quantized(model: ir.Model, target: Target) -> dict[str, int]:
+    """Quantized nodes by type: linear ones with integer weights, others that `target` fuses with the quantizers around them."""
     counts: Counter[str] = Counter()
     for node in model.graph:
         if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
         if node.op_type in linear.LINEAR_OPS:
             found = _made_by(linear.weight_of(node), "DequantizeLinear")
-        else:
+        elif node.op_type in target.ops:
             uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
             reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")
             found = reads and bool(uses) and set(uses) == {"QuantizeLinear"}
+        else:
+            continue
         counts[node.op_type] += found
     return dict(+counts)
 

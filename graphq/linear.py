@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,9 +101,16 @@ def data_of(node: ir.Node) -> ir.Value:
 
 
 def multiply_adds(node: ir.Node) -> float:
-    """Multiply-adds of one sample, with unknown dimensions counted as 1: weight size times output positions."""
+    """Multiply-adds, with unknown dimensions (most often the batch) counted as 1: weight size times output positions."""
     weight = weight_of(node)
-    shape = ir.shape_of(node.outputs[0]) or ()
-    positions = shape[2:] if channel_axis(node) == 1 else shape[1:-1]
+    shape = list(ir.shape_of(node.outputs[0]) or ())
+    if shape:
+        del shape[channel_axis(node)]
     size = np.prod(ir.constant_shape(weight), dtype=np.float64) if weight is not None and weight.const_value is not None else 0.0
-    return float(size * np.prod([dim if isinstance(dim, int) else 1 for dim in positions], dtype=np.float64))
+    return float(size * np.prod(list(map(_known, shape)), dtype=np.float64))
+
+
+def _known(dim: int | str | None) -> int:
+    """What is known of a dimension: 64 of `64*batch`."""
+    factors = str(dim or "").split("*")
+    return dim if isinstance(dim, int) else math.prod(int(factor) for factor in factors if factor.strip().isdigit())

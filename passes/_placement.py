@@ -20,6 +20,14 @@ Reader = tuple[ir.Node, int]
 WORTH_ROUNDING = 0.05
 """Share of all multiply-adds from which a layer is worth an extra rounding of its output."""
 
+ACTIVATION_DEPTH = 4
+"""Nodes that an activation is written in, at most, such as `x * sigmoid(x)`."""
+
+_ACTIVATIONS = frozenset({
+    "Add", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Mish", "Mul", "PRelu", "Relu", "Selu", "Sigmoid", "Softplus",
+    "Swish", "Tanh",
+})  # fmt: skip
+
 EIGHT = Bits(8, 8)
 
 
@@ -166,11 +174,24 @@ def fused_output(node: ir.Node, target: Target) -> ir.Value:
 def _rounds_for_nothing(node: ir.Node, target: Target, quantized: set[ir.Node], anchors: Sequence[ir.Node]) -> bool:
     """Whether the integer kernel's output would be rounded for float readers alone, by a layer too small to be worth that.
 
-    The patch embedding of a ViT is the case: its output starts the residual stream, where an error stays to the end.
+    The patch embedding of a ViT is the case: its output starts the residual stream, where an error stays to the end. A float
+    activation before the next quantized layer is none.
     """
-    if not target.ops[node.op_type].quantized_output or _feeds(fused_output(node, target), quantized):
+    value = fused_output(node, target)
+    if not target.ops[node.op_type].quantized_output or _feeds(value, quantized) or _only_activates(value, quantized, ACTIVATION_DEPTH):
         return False
     return linear.multiply_adds(node) < WORTH_ROUNDING * sum(linear.multiply_adds(other) for other in anchors)
+
+
+def _only_activates(value: ir.Value, quantized: set[ir.Node], depth: int) -> bool:
+    """Whether all that becomes of `value` are activations, of a few nodes each, that quantized nodes read."""
+
+    def ends_well(node: ir.Node) -> bool:
+        is_activation = not node.domain and node.op_type in _ACTIVATIONS
+        return node in quantized or (depth > 0 and is_activation and _only_activates(node.outputs[0], quantized, depth - 1))
+
+    uses = ir.uses(value)
+    return bool(uses) and not value.is_graph_output() and all(ends_well(use.node) for use in uses)
 
 
 def _flow(model: ir.Model, target: Target, anchor_nodes: Sequence[ir.Node], exclude: Sequence[str]) -> list[ir.Node]:

@@ -124,3 +124,20 @@ m (float[2, 2] x, float[2, 2] dynamic) => (float[2, 2] y)
 def test_refusals(op: str, reason: str | None) -> None:
     node = ir.from_onnx_text(TEXT.replace("OP", op)).graph[0]
     assert linear.linear_refusal(node) == reason and linear.is_linear(node) == (reason is None)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "weight", "expected"),
+    [
+        ("MatMul", ("n", 5, 8), (8, 4), 5 * 32), ("MatMul", (5, "n", 8), (8, 4), 5 * 32), ("Gemm", ("5*n", 8), (8, 4), 5 * 32),
+        ("Gemm", ("n", 8), (8, 4), 32), ("Gemm", ("n + 3", 8), (8, 4), 32), ("Conv", ("n", 3, 9, 9), (4, 3, 3, 3), 49 * 108),
+        ("Conv", (2, 3, None, 9), (4, 3, 3, 3), 2 * 7 * 108), ("MatMul", (None, 8), (8, 4), 32),
+    ],
+)  # fmt: skip
+def test_multiply_adds_do_not_depend_on_where_the_batch_is(
+    op: str, shape: tuple[int | str | None, ...], weight: tuple[int, ...], expected: float
+) -> None:
+    _, node = layer(op, {}, "n, 8", weight, None)
+    height = [None if dim is None else int(dim) - 2 for dim in shape[2:]] if op == "Conv" else [weight[-1]]
+    node.outputs[0].shape = ir.Shape([*(shape[:1] if op == "Conv" else shape[:-1]), *([weight[0]] if op == "Conv" else []), *height])
+    assert linear.multiply_adds(node) == expected

@@ -284,3 +284,25 @@ def test_what_no_rule_names_stays_float() -> None:
     plan = place(model)
     assert readers(plan) == {"n": [("q", 0), ("k", 0), ("v", 0)], "c": [("out", 0)]}
     assert set(reasons(plan)) == {"scores", "mix"} and not plan.whole
+
+
+BETWEEN = {
+    "HardSwish": ("s = HardSwish(b)", True),
+    "SiLU": ("t = Sigmoid(b) s = Mul(b, t)", True),
+    "GELU in pieces": ("e = Erf(b) f = Add(e, e) s = Mul(b, f)", True),
+    "a normalization": ("s = LayerNormalization<axis=1>(b, g)", False),
+    "too long a chain": ("t = Tanh(b) u = Tanh(t) v = Tanh(u) o = Tanh(v) s = Tanh(o)", False),
+    "one that the model returns": ("s = HardSwish(b) y = Neg(b)", False),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_a_small_layer_is_quantized_if_only_activations_lie_behind_it(case: str) -> None:
+    """Left float, a depthwise convolution would cut the integer part of the model in two."""
+    between, expected = BETWEEN[case]
+    ends = "(float[] z, float[] y)" if "y =" in between else "(float[] z)"
+    text = f"g (float[N, 128, 8, 8] x) => {ends} {{ a = Conv(x, w) [it] b = Conv<group=128, pads=[1,1,1,1]>(a, d) {between} z = Conv(s, w) }}"
+    model = build(text, w=floats(128, 128, 1, 1), d=floats(128, 1, 3, 3), **({"g": floats(128, 8, 8)} if "Norm" in between else {}))
+    plan = place(model)
+    assert ("it" in anchors(plan)) == expected
+    assert expected or "round its output" in reasons(plan)["it"]
