@@ -105,6 +105,11 @@ class Editor:
         node.replace_input_with(index, value)
         self.edits["rewire"] += 1
 
+    def now_makes(self, value: Value, what: str) -> None:
+        """Name `value` after what it has become, so that nobody takes it for the value of that name in the original model."""
+        value.name = self.unique(f"{value.name}_{what}")
+        self.edits["rename"] += 1
+
     def replace(self, old: Value, new: Value) -> None:
         """Let every reader of `old` read `new`, and the graph return it; what the model returns keeps its name."""
         if old.is_graph_output() and old.graph is self.model.graph:

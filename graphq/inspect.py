@@ -234,9 +234,12 @@ def _shared_outputs(a: ir.Model, b: ir.Model, where: str) -> list[str]:
 
 
 def _shared_values(a: ir.Model, b: ir.Model) -> list[str]:
-    made_by_b = {out.name for node in b.graph for out in node.outputs}
-    values = [out for node in a.graph if node.op_type not in ("Constant", *_QUANTIZING) for out in node.outputs]
-    return [value.name for value in values if value.name and value.name in made_by_b and value.dtype == ir.DataType.FLOAT]
+    """Float activations that both make; codes of a value that `b` only moves may have its name."""
+    ours, theirs = (
+        {out.name: out.dtype for node in model.graph if node.op_type not in ("Constant", *_QUANTIZING) for out in node.outputs}
+        for model in (a, b)
+    )
+    return [name for name, kind in ours.items() if name and kind == theirs.get(name) == ir.DataType.FLOAT]
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------

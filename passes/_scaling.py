@@ -72,6 +72,7 @@ def divide(edit: Editor, value: ir.Value, nodes: Sequence[ir.Node], k: np.ndarra
             array = ir.constant(maker.inputs[index])
             if array is not None:
                 edit.set_weight(maker, index, ((array - c if shifts and index == 2 else array) / k).astype(array.dtype))
+        edit.now_makes(value, "scaled")
         return value
     moved = value
     for operator, operand, what, part in (("Sub", c, "middle", "centered"), ("Mul", 1 / k, "factor", "scaled")):

@@ -6,6 +6,8 @@ The rows of `A = softmax(S)` sum to 1, so `A (V + 1 b) = A V + 1 b`: the bias of
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from graphq import ir, linear
@@ -37,7 +39,7 @@ def _drop_key_bias(edit: Editor, softmax: ir.Node) -> None:
     labels, add = _value_layer.channel_labels(layer, path), _bias_add(layer)
     is_plain = all(node.op_type in _PASSED_ON | {"Mul", "Div"} for node in path)
     if add is not None and is_plain and labels is not None and labels.ndim > 1 and (labels == labels[..., :1]).all():
-        _remove(edit, add)
+        _remove(edit, add, [*path, *_between(product, softmax)])
 
 
 def _move_value_bias(edit: Editor, layer: ir.Node) -> None:
@@ -50,7 +52,7 @@ def _move_value_bias(edit: Editor, layer: ir.Node) -> None:
         return
     bias = _bias.behind(source.layer)[source.channels]
     _bias.shift(edit, layer, bias @ _scaling.matrix(layer).astype(np.float64))
-    _remove(edit, add)
+    _remove(edit, add, source.path)
 
 
 def _product(value: ir.Value | None, depth: int) -> ir.Node | None:
@@ -65,6 +67,13 @@ def _product(value: ir.Value | None, depth: int) -> ir.Node | None:
     return next((one for one in found if one is not None), None)
 
 
+def _between(product: ir.Node | None, softmax: ir.Node) -> Iterator[ir.Node]:
+    """The nodes from the scores' product to what the softmax reads."""
+    while product is not None and product is not softmax:
+        yield product
+        product = ir.uses(product.outputs[0])[0].node
+
+
 def _scaled(node: ir.Node) -> list[ir.Value | None]:
     """The operand that a Mul or Div multiplies by one number; nothing if it does anything else."""
     numbers = [index for index, entry in enumerate(node.inputs) if (array := ir.constant(entry)) is not None and array.size == 1]
@@ -77,7 +86,11 @@ def _bias_add(layer: ir.Node) -> ir.Node | None:
     return slot[0] if slot is not None and slot[0].op_type == "Add" else None
 
 
-def _remove(edit: Editor, add: ir.Node) -> None:
+def _remove(edit: Editor, add: ir.Node, path: Sequence[ir.Node]) -> None:
+    """Take `add` away; what comes behind it on `path` lacks the bias from now on."""
+    for node in path:
+        if node is not add:
+            edit.now_makes(node.outputs[0], "unbiased")
     (kept,) = (value for value in add.inputs if value is not None and ir.constant(value) is None)
     edit.replace(add.outputs[0], kept)
     edit.remove(add)

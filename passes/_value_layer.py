@@ -45,6 +45,8 @@ class Source:
             old = ir.constant(holder.inputs[index])
             assert old is not None
             edit.set_weight(holder, index, (old / factor).astype(old.dtype))
+        for node in (layer, *self.path):
+            edit.now_makes(node.outputs[0], "scaled")
 
 
 def source(value: ir.Value) -> Source | None:

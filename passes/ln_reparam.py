@@ -120,6 +120,7 @@ def _fold(edit: Editor, node: ir.Node, one: Change) -> ir.Value:
         edit.set_weight(node, 2, (shift + one.offset) / one.ratio)
     elif one.offset.any():
         edit.rewire(node, 2, edit.initializer(f"{node.name}_shift", (one.offset / one.ratio).astype(np.float32)))
+    edit.now_makes(node.outputs[0], "reparameterized")
     return node.outputs[0]
 
 

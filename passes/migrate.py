@@ -62,11 +62,11 @@ class Migrate(Pass):
             return
         observers = {value: (ChannelRange(value.name or "", -1), Rows(value.name or "")) for value in layers}
         stats = ctx.observe(one for pair in observers.values() for one in pair)
-        ranges = {}
+        ranges = dict[ir.Value, tuple[float, float]]()
         for value, nodes in layers.items():
             seen, rows = (stats[observer] for observer in observers[value])
             layer = self._layer(nodes, seen, rows, ctx.target)
-            ranges[value.name or ""] = math.scaled_range(layer.low, layer.high, np.ones(len(layer.low)))
+            ranges[value] = math.scaled_range(layer.low, layer.high, np.ones(len(layer.low)))
             plain = layer.noise(np.ones(len(layer.low), np.float32))
             k, noise = math.best(layer, self.rule, self.alphas)
             c = np.zeros(len(layer.low))
@@ -82,11 +82,11 @@ class Migrate(Pass):
                 _bias.shift(ctx.edit, node, c @ _scaling.matrix(node).astype(np.float64))
             for node in nodes:
                 _scaling.multiply(ctx.edit, node, k)
-            moved = _scaling.divide(ctx.edit, value, nodes, k, c, exclude=self.exclude)
-            ranges[moved.name or ""] = math.scaled_range(layer.low - c, layer.high - c, k)
-            ctx.measure(value.name or "", gain_db=gain, folded=folds, shifted=bool(c.any()))
-        for name, (least, most) in ranges.items():
-            ctx.assume(Range(name), range_stat(least, most, 1, 0))
+            name, moved = value.name or "", _scaling.divide(ctx.edit, value, nodes, k, c, exclude=self.exclude)
+            ranges[moved] = math.scaled_range(layer.low - c, layer.high - c, k)
+            ctx.measure(name, gain_db=gain, folded=folds, shifted=bool(c.any()))
+        for value, (least, most) in ranges.items():
+            ctx.assume(Range(value.name or ""), range_stat(least, most, 1, 0))
 
     def _layer(self, nodes: list[ir.Node], seen: Stat, rows: Stat, target: Target) -> math.Layer:
         low, high = (np.asarray(seen[end], np.float64) for end in ("low", "high"))

@@ -174,7 +174,7 @@ def test_only_scales_where_nothing_takes_a_shift(name: str) -> None:
     ctx = context(name)
     before = inner(ctx.model, "n", inputs())
     assert reparam(ctx).measurements[0].numbers["shifted"] == 0
-    factor = inner(ctx.model, "n", inputs()) / before
+    factor = inner(ctx.model, data_of(ctx.model), inputs()) / before
     np.testing.assert_allclose(factor, np.broadcast_to(factor[0], factor.shape), rtol=1e-3)
 
 
@@ -220,7 +220,7 @@ def test_headroom_comes_with_the_bits(bits: int, headroom: float) -> None:
     for options in ({}, {"headroom": headroom}):
         ctx = context("gemm")
         reparam(ctx, bits=bits, **options)
-        found.append(inner(ctx.model, "n", inputs()))
+        found.append(inner(ctx.model, data_of(ctx.model), inputs()))
     np.testing.assert_array_equal(*found)
 
 

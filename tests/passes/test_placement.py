@@ -301,8 +301,9 @@ def test_a_small_layer_is_quantized_if_only_activations_lie_behind_it(case: str)
     """Left float, a depthwise convolution would cut the integer part of the model in two."""
     between, expected = BETWEEN[case]
     ends = "(float[] z, float[] y)" if "y =" in between else "(float[] z)"
-    text = f"g (float[N, 128, 8, 8] x) => {ends} {{ a = Conv(x, w) [it] b = Conv<group=128, pads=[1,1,1,1]>(a, d) {between} z = Conv(s, w) }}"
-    model = build(text, w=floats(128, 128, 1, 1), d=floats(128, 1, 3, 3), **({"g": floats(128, 8, 8)} if "Norm" in between else {}))
+    text = f"a = Conv(x, w) [it] b = Conv<group=128, pads=[1,1,1,1]>(a, d) {between} z = Conv(s, w)"
+    norm = {"g": floats(128, 8, 8)} if "Norm" in between else {}
+    model = build(f"g (float[N, 128, 8, 8] x) => {ends} {{ {text} }}", **norm, w=floats(128, 128, 1, 1), d=floats(128, 1, 3, 3))
     plan = place(model)
     assert ("it" in anchors(plan)) == expected
     assert expected or "round its output" in reasons(plan)["it"]
