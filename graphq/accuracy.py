@@ -58,5 +58,9 @@ def compare(reference: Executor, result: Executor, labelled: Labelled) -> Accura
         start += count
         for index, executor in enumerate((reference, result)):
             scores = executor.run(batch)[0]
+            classes = scores.size // max(count, 1)
+            if ((wanted < 0) | (wanted >= classes)).any():
+                raise DataError("Labels name classes that the model does not have.", where=f"labels {wanted.min()} to {wanted.max()}",
+                                expected=f"0 to {classes - 1}", hint="number the classes as the model does")  # fmt: skip
             right[index] += int((scores.reshape(count, -1).argmax(1) == wanted).sum())
     return Accuracy("top1", right[0] / max(start, 1), right[1] / max(start, 1), start)

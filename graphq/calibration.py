@@ -114,6 +114,11 @@ class CalibrationSet:
                 expected=f"finite numbers within the range of {result.dtype}",
                 hint="correct or remove that sample",
             )
+        limit = model_input.limit
+        if limit is not None and result.dtype.kind in "iu" and result.size and not -limit <= result.min() <= result.max() < limit:
+            what = f"an index in the data for input '{model_input.name}' is out of range: {result.min()} to {result.max()}"
+            hint = "was it made with the tokenizer of this model?"
+            raise DataError(what, where=self.source, expected=f"0 to {limit - 1}, the rows of the table it looks up", hint=hint)
         return result
 
     def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
@@ -180,7 +185,8 @@ def open_calibration(
     """Calibration data for a model with these inputs; everything that can be checked before reading is.
 
     Args:
-        source: Path of an .npz with an array `[samples, ...]` per model input under the input's name; path of a .npy,
+        source: Path of an .npz with an array `[samples, ...]` per model input under the input's name, `labels` beside them
+            do not matter; path of a .npy,
             for a model with one input; path of a folder of images, for a model with one image input; a dict of arrays;
             an iterable of batches (a dict, or a tuple in the order of the inputs, or an array for one input;
             axis 0 is the samples), which is materialised; or the word `random`, for `RANDOM_COUNT` random samples.
@@ -209,7 +215,13 @@ def open_calibration(
     if kind == "folder":
         images = open_images(path, inputs[0], chosen)
         return from_columns({inputs[0].name: images}, inputs, kind, str(path), chosen, images.paths)
+    if chosen is not None and not any(i.shape is None or len(i.shape) == 4 for i in inputs):
+        shapes = "; ".join(f"input '{i.name}' {format_shape(i.shape)}" for i in inputs)
+        hint = "leave --preprocess out"
+        raise DataError("the model has no images to preprocess", where=shapes, expected="an input of rank 4", hint=hint)
     found = open_npz(path) if kind == "npz" else {inputs[0].name: open_npy(path)}
+    if "labels" not in {one.name for one in inputs}:
+        found.pop("labels", None)  # of evaluation data
     return from_columns(found, inputs, kind, str(path), chosen, (path,))
 
 
@@ -267,8 +279,7 @@ def _check_column(model_input: ModelInput, column: Column, pre: Preprocess | Non
     fits = dims is None or len(dims) == len(column.shape)
     fits = fits and all(not isinstance(d, int) or d == n for d, n in list(zip(dims or (), column.shape, strict=False))[1:])
     if dims == () or not column.shape or not fits:
-        lacks_axis = dims is not None and len(column.shape) == len(dims) - 1
-        hint = "the first axis must be the samples: array[None] is a batch of one" if lacks_axis else "reshape or resize the array"
+        hint = _shape_hint(dims, column)
         expected = f"shape {format_shape(None if dims is None else ('samples', *dims[1:]))}"
         if dims == ():
             hint, expected = ("make it a constant of the model, or give it a batch dimension", "an input with a first axis of samples")
@@ -280,6 +291,17 @@ def _check_column(model_input: ModelInput, column: Column, pre: Preprocess | Non
         hint = f"for images give --preprocess: {', '.join(PRESETS)}, or a YAML file" if column.dtype == np.uint8 else ""
         hint = hint or f"array.astype('{dtype}'), if no value is lost"
         raise DataError(f"the array for input '{model_input.name}' is {have}", where=where, expected=f"{dtype}", hint=hint)
+
+
+def _shape_hint(dims: tuple[int | str | None, ...] | None, column: Column) -> str:
+    """What to do about an array that does not fit an input of `dims`."""
+    if dims is not None and len(column.shape) == len(dims) - 1:
+        return "the first axis must be the samples: array[None] is a batch of one"
+    if dims is not None and len(dims) == len(column.shape) == 4 and dims[1] in (1, 3) and column.shape[3] == dims[1]:
+        if column.dtype == np.uint8:
+            return f"for images give --preprocess: {', '.join(PRESETS)}, or a YAML file"
+        return "the channels are the last axis: array.transpose(0, 3, 1, 2) brings them to the front"
+    return "resize what the array holds, or give other samples"
 
 
 def _materialise(source: Any, inputs: Sequence[ModelInput], preprocess: Preprocess | None) -> Mapping[str, Column]:

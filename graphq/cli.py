@@ -115,6 +115,7 @@ def _show_report(result: Report, folder: Path | None, *, as_json: bool, quiet: b
 def inspect(
     model: Model,
     kernels: Annotated[bool, typer.Option("--kernels", help="Ask ONNX Runtime which nodes it computes on integers.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List the operators with weights by name.")] = False,
     target: TargetName = "onnxruntime",
     as_json: Json = False,
     debug: Debug = False,
@@ -130,7 +131,7 @@ def inspect(
     if as_json:
         _print_json({"model": found, "kernels": used} if kernels else {"model": found})
     else:
-        console.inspection(found, used)
+        console.inspection(found, used, layers=layers)
 
 
 @app.command()

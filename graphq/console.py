@@ -113,16 +113,16 @@ def summary(report: Report, folder: object = None) -> None:
     """The table that ends a conversion."""
     say(f"{report.model.path} -> {report.output.path}  ({report.recipe_name} for {report.target})", style="bold")
     table(("", ("before", "right"), ("after", "right"), ""), _before_after(report))
-    comparisons(report.comparison)
+    comparisons(report.comparison, report.held_out)
     if report.quantized:
         say(f"quantized: {counts(report.quantized)}; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}")
-    if report.integer_kernels:
-        say(f"integer kernels: {counts(report.integer_kernels)}")
+    for kind, kernels in report.kernels.items():
+        say(f"{kind} kernels: {counts(kernels)}")
     _left_alone(report)
     for gate in report.gates:
         verdict, style = ("passed", "") if gate.passed else ("MISSED", "red")
         say(f"gate {gate.name} {gate.limit:.4g}: {gate.value:.4g}, {verdict}", style=style)
-    say(f"calibrated on {report.calibration.description}")
+    say(f"{'calibrated' if report.calibration.used else 'verified'} on {report.calibration.description}")
     for note in report.notes:
         say(f"Note: {note}", style="bold yellow")
     if folder is not None:
@@ -145,21 +145,28 @@ def provenance(report: Report) -> None:
 
 def _before_after(report: Report) -> Iterator[tuple[str, str, str, str]]:
     before, after = report.model.bytes, report.output.bytes
-    yield "size", size(before), size(after), f"{before / after:.2f} times smaller" if after else ""
+    yield "size", size(before), size(after), _times(before / after, "smaller", "LARGER") if after else ""
+    if report.output.opset != report.model.opset:
+        yield "opset", str(report.model.opset), str(report.output.opset), ""
     if (accuracy := report.accuracy) is not None:
         change = 100 * (accuracy.result - accuracy.reference)
         yield f"{accuracy.metric} on {accuracy.samples} samples", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
     if (latency := report.latency) is not None:
         what = f"latency, batch {latency.batch}" + (f", {latency.threads} threads" if latency.threads else "")
-        faster = f"{latency.speedup:.2f} times faster" if latency.speedup >= 1 else f"{1 / latency.speedup:.2f} times SLOWER"
-        yield what, f"{latency.reference_ms:.2f} ms", f"{latency.result_ms:.2f} ms", faster
+        yield what, f"{latency.reference_ms:.2f} ms", f"{latency.result_ms:.2f} ms", _times(latency.speedup, "faster", "SLOWER")
 
 
-def comparisons(found: Sequence[OutputComparison]) -> None:
+def _times(ratio: float, better: str, worse: str) -> str:
+    if 0.99 < ratio < 1.01:
+        return "the same"
+    return f"{ratio:.2f} times {better}" if ratio > 1 else f"{1 / ratio:.2f} times {worse}"
+
+
+def comparisons(found: Sequence[OutputComparison], samples: int = 0) -> None:
     rows = [(one.name, decibel(one.sqnr_db), f"{one.cosine:.6f}", f"{one.max_abs:.4g}", share(one.top1_agreement)) for one in found]
     if rows:
         right: tuple[Column, ...] = tuple((name, "right") for name in ("SQNR", "cosine", "largest error", "same top-1"))
-        table(("compared with the original", *right), rows)
+        table((f"on {samples} samples kept back" if samples else "compared with the original", *right), rows)
 
 
 def _left_alone(report: Report, limit: int = 3) -> None:
@@ -177,7 +184,7 @@ def _left_alone(report: Report, limit: int = 3) -> None:
             say(f"  {sum(count for _, count in reasons[limit:])} x other reasons, see the report")
 
 
-def inspection(found: Inspection, used: KernelsUsed | None = None) -> None:
+def inspection(found: Inspection, used: KernelsUsed | None = None, *, layers: bool = False) -> None:
     """What `graphq inspect` prints."""
     file = found.file
     produced = f", made by {found.producer}" if found.producer else ""
@@ -197,6 +204,10 @@ def inspection(found: Inspection, used: KernelsUsed | None = None) -> None:
     for (op, refusal), count in Counter((node.op_type, node.refusal) for node in found.linear if node.refusal).most_common():
         names = [node.name for node in found.linear if (node.op_type, node.refusal) == (op, refusal)]
         say(f"  not: {count} {op}: {refusal} ({', '.join(names[:3])}{', ...' if count > 3 else ''})")
+    if layers:
+        table(("layer", "operator", "weight", "can be quantized"), [
+            (node.name, node.op_type, shape(node.weight_shape), f"no: {node.refusal}" if node.refusal else "yes") for node in found.linear
+        ])  # fmt: skip
     if found.already_quantized:
         say("Note: this model is quantized already.", style="yellow")
     table(("fits", "", ""), [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,6 +29,9 @@ from graphq.targets import Target
 
 HELD_OUT = 8
 """Samples kept back for verification, at most a quarter of what there is."""
+
+FEW = 16
+"""Calibration samples that raise no doubt."""
 
 Emit = Literal["onnx", "engine"]
 
@@ -217,8 +220,9 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         graphq=graphq.__version__, created=datetime.now(UTC).isoformat(timespec="seconds"), seed=seed, command=command,
         model=facts, output=replace(facts, path="", sha256="", bytes=0, opset=ir.opset(ctx.model), parameters=report.parameters(ctx.model)),
         recipe=plan.to_yaml(), recipe_name=plan.name, target=ctx.target.name,
-        calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest),
-        passes=tuple(records), comparison=measured.comparison, latency=measured.latency, accuracy=measured.accuracy,
+        calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest, any(one.needs_data for one in plan.passes)),
+        passes=tuple(records), held_out=len(ctx.held_out), comparison=measured.comparison, latency=measured.latency,
+        accuracy=measured.accuracy,
         quantized=_quantized(ctx.model, ctx.target), weight_bytes_before=before, weight_bytes_after=after,
         integer_kernels=measured.integer_kernels, gates=measured.gates(plan), versions=report.tool_versions(), notes=notes,
     )  # fmt: skip
@@ -248,12 +252,25 @@ def _made_by(value: ir.Value | None, op_type: str) -> bool:
 
 
 def _notes(data: CalibrationSet, plan: Recipe, target: Target, emit: Emit) -> tuple[str, ...]:
-    notes = []
+    notes = list(_data_notes(data))
     if plan.gates.min_speedup is not None and not target.measures_speed:
         notes.append(f"Gate min_speedup was not measured: {target.name} does not run here.")
     if emit == "engine":
         notes.append("The model the engine was built from was compared with the original; the engine itself was not run.")
     return (*notes, *_random_note(data, plan))
+
+
+def _data_notes(data: CalibrationSet) -> Iterator[str]:
+    """What makes calibration data look as if it were not what the model will see."""
+    if data.kind == "random":
+        return
+    if len(data) < FEW:
+        held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "verified on some of them"
+        yield f"There are only {len(data)} calibration samples, {held}: give {FEW} or more, as different as what the model will see."
+    first = next(data.batches(FEW))
+    for name, array in first.items():
+        if array.dtype.kind == "f" and array.size > 1 and array.min() == array.max():
+            yield f"Input {name!r} is {array.flat[0]:g} throughout the first calibration samples: ranges from it hold for nothing else."
 
 
 def _random_note(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class LinearNode:
-    """One Conv, ConvTranspose, Gemm or MatMul; `refusal` is None if it can be quantized, `storage` its width if it already is."""
+    """One operator with weights; `refusal` is None if it can be quantized, `storage` its width if it already is."""
 
     name: str
     op_type: str
@@ -150,6 +150,8 @@ def _weight_bytes(model: ir.Model) -> dict[str, int]:
 
 def _linear_nodes(model: ir.Model) -> Iterator[LinearNode]:
     for node in ir.all_nodes(model):
+        if node.domain == "" and node.op_type in linear.NEVER_QUANTIZED:
+            yield LinearNode(node.name or "", node.op_type, None, "not quantized by any pass", None)
         if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
             continue
         weight, storage = linear.weight_of(node), None

@@ -16,7 +16,7 @@ from onnx_ir import DataType, Function, Graph, Model, Node, Shape, Value, from_o
 
 from graphq.errors import ModelError
 from graphq.spec import ModelInput
-from graphq.untrusted import check_tensors
+from graphq.untrusted import check_names, check_tensors
 
 __all__ = [
     "DOMAIN", "DataType", "Function", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
@@ -28,11 +28,8 @@ __all__ = [
 DOMAIN = "graphq"
 """Domain of the operators that passes write as model-local functions (see `graphq.functions`)."""
 
-MAX_OPSET = onnx.defs.onnx_opset_version()
-_PROTOBUF_LIMIT = 1 << 31
-_NUMPY_TYPES = {
-    "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4, "int2": ml_dtypes.int2, "uint2": ml_dtypes.uint2,
-}  # fmt: skip
+MAX_OPSET, _PROTOBUF_LIMIT = onnx.defs.onnx_opset_version(), 1 << 31
+_NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2")}
 
 
 # ---- reading and writing --------------------------------------------------------------------------------------------
@@ -47,7 +44,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError("There is no such model file.", where=str(path), hint="check the path")
+        raise ModelError("There is no such model file.", where=str(path), expected="an ONNX file, not a folder", hint="check the path")
     if path.stat().st_size == 0:
         raise ModelError("The model file is empty.", where=str(path), expected="an ONNX model", hint="export the model again")
     try:
@@ -63,6 +60,7 @@ def load(path: str | os.PathLike[str]) -> Model:
                 expected=f"opset {MAX_OPSET} at most", hint="export with a lower opset_version, or update the onnx package",
             )  # fmt: skip
     try:
+        check_names(proto.graph, path)
         check_tensors(proto, path, lambda kind: onnx_ir.DataType(kind).bitwidth)
         model = onnx_ir.from_proto(proto)
     except ModelError:
@@ -270,6 +268,8 @@ def inputs(model: Model) -> tuple[ModelInput, ...]:
             continue
         if not isinstance(value.type, onnx_ir.TensorType):
             raise ModelError("A model input is not a tensor.", where=f"input {value.name!r}: {value.type}", expected="tensor inputs")
+        if value.dtype == DataType.STRING:
+            raise ModelError("A model input is text.", where=f"input {value.name!r}", expected="numbers", hint="cut the model behind it")
         dtype = np.dtype(value.dtype.numpy()) if value.dtype else np.dtype(np.float32)
         found.append(ModelInput(value.name or "", dtype, shape_of(value), _lookup_limit(value)))
     return tuple(found)

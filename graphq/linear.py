@@ -21,6 +21,9 @@ class LinearOp:
 
 LINEAR_OPS = {"Conv": LinearOp(), "ConvTranspose": LinearOp(), "Gemm": LinearOp(), "MatMul": LinearOp(bias=None)}
 
+NEVER_QUANTIZED = frozenset({"Einsum", "GRU", "LSTM", "RNN"})
+"""Operators with weights that no pass quantizes; reports name them."""
+
 
 def is_linear(node: ir.Node) -> bool:
     """Whether `node` is a linear operator of the default domain with a constant float weight of rank 2 or more."""
@@ -33,6 +36,9 @@ def linear_refusal(node: ir.Node) -> str | None:
     if op is None:
         return "not an operator with weights"
     weight = weight_of(node)
+    maker = ir.producer(weight)
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return "it is quantized already"
     if weight is None or weight.const_value is None or not weight.is_initializer() or weight.is_graph_input():
         return "its weight is not a constant of the graph"
     if weight.dtype != ir.DataType.FLOAT:

@@ -232,12 +232,11 @@ class ImageFiles:
 
 
 def open_images(folder: Path, model_input: ModelInput, preprocess: Preprocess | None) -> ImageFiles:
-    """The images of a folder by name, for this input; none is read yet."""
-    paths = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()))
+    """The images of a folder and of those in it (classes, say) by path, for this input; none is read yet."""
+    paths = tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()))
     if not paths:
-        deeper = any(path.is_dir() for path in folder.iterdir())
-        hint = "images in subfolders are not read: move them up" if deeper else "give another folder, or an npz"
-        raise DataError("the folder has no images", where=str(folder), expected=f"files {', '.join(IMAGE_SUFFIXES)}", hint=hint)
+        raise DataError("the folder has no images", where=str(folder), expected=f"files {', '.join(IMAGE_SUFFIXES)}",
+                        hint="give another folder, or an npz")  # fmt: skip
     if preprocess is None:
         hint = "give the preprocessing that the model was trained with: --preprocess NAME"
         expected = f"one of {', '.join(PRESETS)}, or a YAML file"

@@ -294,7 +294,7 @@ def _plain(message: str) -> str:
     """Pydantic's message as what comes after "expected": `less than or equal to 8`."""
     for start in ("Input should be ", "Value error, "):
         message = message.removeprefix(start)
-    return message
+    return message.replace("a valid tuple", "a list, such as [one, two]")
 
 
 # ---- for editors ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,9 @@ METADATA_KEY = "graphq.report"
 EMBED_LIMIT = 64 << 10
 """Bytes of JSON that a model carries at most, as long as leaving out what is said per node makes it fit."""
 
+WEIGHT_ONLY = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"})
+"""Kernels that read integer weights and compute on floats."""
+
 _DISTRIBUTIONS = ("numpy", "onnx", "onnx-ir", "onnxruntime")
 
 
@@ -52,12 +55,16 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class CalibrationFacts:
-    """Where the calibration samples came from: a kind of `graphq.calibration`, one line, how many, and their hash."""
+    """Where the samples came from: a kind of `graphq.calibration`, one line, how many, and their hash.
+
+    `used` says whether a pass read them; otherwise they served for verification alone.
+    """
 
     kind: str
     description: str
     samples: int
     digest: str
+    used: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Report:
         created: ISO 8601 with time zone.
         command: The command line, if there was one.
         recipe: The full recipe as YAML; `recipe_name` is its built-in name or file name.
-        comparison: On samples that no statistic has seen.
+        comparison: On samples that no statistic has seen, `held_out` of them.
         quantized: Nodes that became quantized, by operator type; the reasons of the others are in `passes`.
         weight_bytes_before, weight_bytes_after: Of the weights that were quantized, scales included.
         integer_kernels: Nodes that the runtime executes on integers, by kernel (see `graphq.kernels_used`).
@@ -141,6 +148,15 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    held_out: int = 0
+
+    @property
+    def kernels(self) -> Mapping[str, Mapping[str, int]]:
+        """`integer_kernels` by whether activations are integers too."""
+        kinds = {"integer": False, "weight-only": True}
+        found = {kind: {name: count for name, count in self.integer_kernels.items() if (name in WEIGHT_ONLY) == only}
+                 for kind, only in kinds.items()}  # fmt: skip
+        return {kind: counts for kind, counts in found.items() if counts}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         separators = (",", ":") if indent is None else None

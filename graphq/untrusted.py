@@ -20,6 +20,24 @@ def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _proto_tensors(subgraph)
 
 
+def check_names(graph: onnx.GraphProto, path: Path, outer: frozenset[str] = frozenset()) -> None:
+    """Refuse a graph that reads what nothing makes; `outer` are the names of the graphs around it. Raises ModelError."""
+    known = outer.union(
+        (entry.name for entry in (*graph.input, *graph.initializer)), (entry.values.name for entry in graph.sparse_initializer),
+        (name for node in graph.node for name in node.output),
+    )  # fmt: skip
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in known:
+                raise ModelError(
+                    f"The model is not valid ONNX: nothing makes {name!r}.", where=f"{path}: input of {node.op_type} {node.name!r}",
+                    expected="an input, a constant or the output of another node", hint="export the model again",
+                )  # fmt: skip
+        for entry in node.attribute:
+            for inner in (entry.g, *entry.graphs):
+                check_names(inner, path, known)
+
+
 def check_tensors(proto: onnx.ModelProto, path: Path, bits: Callable[[int], int]) -> None:
     """Refuse tensors that declare more than there is, before anybody allocates it, and data outside the model's folder.
 

@@ -38,13 +38,10 @@ def refusal(model: ir.Model, node: ir.Node, exclude: Sequence[str]) -> str | Non
     Args:
         exclude: Patterns (`*`, `?`) of node names or operator types that are left alone.
     """
-    maker = ir.producer(linear.weight_of(node))
     if is_excluded(node, exclude):
         return "excluded by the recipe"
     if node.graph is not model.graph:
         return "it lies in a subgraph"
-    if maker is not None and maker.op_type == "DequantizeLinear":
-        return "its weight is quantized already"
     if node.op_type == "ConvTranspose":
         return "a transposed convolution is no product of rows of its input with its weight"
     return linear.linear_refusal(node)

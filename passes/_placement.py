@@ -142,6 +142,8 @@ def _carriers(value: ir.Value, readers: int, target: Target) -> list[ir.Node]:
 def _refusal(node: ir.Node, target: Target, exclude: Sequence[str], keep_float: Mapping[ir.Node, str]) -> str | None:
     """None to quantize `node`, a reason to report, or "" for nodes that nobody expects to be quantized."""
     rule = target.ops.get(node.op_type) if node.domain == "" else None
+    if node.domain == "" and node.op_type in linear.NEVER_QUANTIZED:
+        return f"{node.op_type} is not quantized by any pass"
     if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
         return ""
     if is_excluded(node, exclude):

@@ -80,10 +80,12 @@ class InsertQdq(Pass):
                 expected=f"bits stored as {' or '.join(sorted(target.activation_storage))}",
                 hint="ask for more bits, or take another target",
             )  # fmt: skip
-        if not self._place(model, target).readers:
+        plan = self._place(model, target)
+        if not plan.readers:
             raise TargetError(
-                "There is nothing to quantize.", expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
-                hint="`graphq inspect` lists the nodes with the reason why each stays float",
+                "There is nothing to quantize.", where="; ".join(sorted({reason for _, reason in plan.skipped})[:3]),
+                expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
+                hint="start from the float model; `graphq inspect --layers` lists the nodes with the reason why each stays float",
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:

@@ -15,11 +15,13 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.editor import Editor
+from graphq.errors import TargetError
 from graphq.observers import ChannelRange, Range, range_stat
 from graphq.passes import _bias, _scaling
 from graphq.passes import _ln_reparam_math as math
 from graphq.passes._ln_reparam_math import Change
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.targets import Target
 
 NORMS = ("LayerNormalization", "RMSNormalization")
 
@@ -46,6 +48,13 @@ class LnReparam(Pass):
     symmetric: bool = True
     headroom: Annotated[float, Field(ge=1, le=2)] | None = None
     branch: bool = True
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        if not self.allow_no_effect and not any(node.op_type in NORMS and _layers(node) for node in model.graph if not node.domain):
+            raise TargetError(
+                "No normalization stands before a layer with weights.", where=f"pass {self.name}", expected="a transformer",
+                hint="take the recipe int8 for other models",
+            )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         norms = dict(self._norms(model, ctx))

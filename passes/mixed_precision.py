@@ -103,7 +103,7 @@ class MixedPrecision(Pass):
         if not self.allow_no_effect and not self._place(model, target).anchors:
             raise TargetError(
                 "There is no layer to choose widths for.", expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
-                hint="`graphq inspect` lists the nodes with the reason why each stays float",
+                hint="`graphq inspect --layers` lists the nodes with the reason why each stays float",
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:

@@ -55,11 +55,16 @@ class QuantizeWeights(Pass):
             raise TargetError(
                 "There is no weight to quantize.", where="; ".join(sorted({str(reason) for reason in reasons})[:3]),
                 expected=f"at least one {', '.join(self.op_types)} with a constant float32 weight",
-                hint="`graphq inspect` lists the nodes with reasons",
+                hint="start from the float model; `graphq inspect --layers` lists the nodes with reasons",
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         ctx.edit.raise_opset(max(_spec(self.bits).opset, GROUP_OPSET if self.group_size else 0))
+        for node in [node for node in ir.all_nodes(model) if not node.domain]:
+            if node.op_type in linear.NEVER_QUANTIZED:
+                ctx.skip(node, f"{node.op_type} is not quantized by any pass")
+            elif node.op_type in self.op_types and node.graph is not model.graph:
+                ctx.skip(node, "it lies in a subgraph")
         for node in self._nodes(model):
             spec = self._format(node)
             if isinstance(spec, str):

@@ -13,10 +13,12 @@ import numpy as np
 from pydantic import Field
 
 from graphq import functions, ir
+from graphq.errors import TargetError
 from graphq.executor import BATCH, Executor, Fetch
 from graphq.log_quantizers import OCTAVE, LogParams, LogUniform
 from graphq.noise import decibel
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.targets import Target
 
 FINE = 5
 """Bits from which `sulq` has a level for 1, the most that a softmax can return: finer levels gain less than clipping unseen data costs."""
@@ -96,6 +98,13 @@ class SulqSoftmax(Pass):
     def __post_init__(self) -> None:
         if self.round_exponent and self.quantizer != "sulq":
             raise ValueError("round_exponent goes with quantizer: sulq; the exponents of the others are what their names say")
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        if not self.allow_no_effect and not any(node.op_type == "Softmax" and _readers(node) for node in model.graph if not node.domain):
+            raise TargetError(
+                "No softmax feeds a MatMul.", where=f"pass {self.name}", expected="a transformer",
+                hint="take the recipe int8 for other models",
+            )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         found = {node: _readers(node) for node in _softmaxes(model, ctx)}

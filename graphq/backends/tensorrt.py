@@ -36,6 +36,9 @@ cannot run at this size (an image smaller than a kernel), the smallest is the si
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module by target."""
 
+DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+"""What brings it."""
+
 SHOWN = 3
 """Refusals of the parser that an error quotes."""
 
@@ -187,7 +190,7 @@ def _load(target: Target) -> Any:
     except (ImportError, OSError) as error:  # OSError: the package is there, a library that it loads is not
         raise TargetError(
             f"The Python package of {target.name} cannot be imported.", where=str(error), expected=f"an importable {PACKAGES[target.name]}",
-            hint=f"pip install graphq[{target.name}], or use --emit onnx",
+            hint=f"pip install {DISTRIBUTIONS[target.name]}, or use --emit onnx",
         ) from error  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)  # type: ignore[arg-type]
     with pytest.raises(TargetError) as caught:
         tensorrt.parse(ir.from_onnx_text(RELU), get_target(name))
-    assert f"pip install graphq[{name}]" in caught.value.hint and name.replace("-", "_") in caught.value.expected
+    assert f"pip install {tensorrt.DISTRIBUTIONS[name]}" in caught.value.hint and name.replace("-", "_") in caught.value.expected
 
 
 def test_tensorrt_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,14 @@ def test_a_fixed_batch_leaves_the_last_samples_out() -> None:
     assert found.samples == COUNT // 4 * 4 and found.reference == 1.0
 
 
+@pytest.mark.parametrize("wrong", [-1, X.shape[1]])
+def test_labels_of_other_classes(wrong: int) -> None:
+    labels = X.argmax(1)
+    labels[3] = wrong
+    with pytest.raises(DataError, match=f"(?s)classes that the model does not have.*0 to {X.shape[1] - 1}"):
+        accuracy.compare(executor("Identity"), executor("Neg"), Labelled(open_calibration(X, INPUTS), labels))
+
+
 @pytest.mark.parametrize("kind", ["int64", "int32", "uint8", "int8"])
 def test_labelled_data(tmp_path: Path, kind: Any) -> None:
     labels = X.argmax(1).astype(kind)

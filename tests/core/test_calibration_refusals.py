@@ -7,6 +7,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,26 @@ def test_folders_that_do_not_fit(folder: Path) -> None:
 def test_folders_without_images(tmp_path: Path) -> None:
     refuse(tmp_path, IMAGE, r"no images.*\.png, \.jpg", "unit")
     (tmp_path / "class").mkdir()
-    refuse(tmp_path, IMAGE, "subfolders are not read", "unit")
+    refuse(tmp_path, IMAGE, "no images", "unit")
+
+
+def test_images_of_classes(folder: Path) -> None:
+    before = len(open_calibration(folder, IMAGE, preprocess="unit"))
+    (folder / "cats").mkdir()
+    (folder / "cats" / "a.png").write_bytes((folder / "b.png").read_bytes())
+    assert len(open_calibration(folder, IMAGE, preprocess="unit")) == before + 1
+
+
+def test_hints_that_help(tmp_path: Path) -> None:
+    """Images with channels last are not to be reshaped, tokens have no pixels, and an index has to be one of the table's."""
+    refuse({"x": np.zeros((2, 8, 6, 3), np.uint8)}, IMAGE, "--preprocess")
+    refuse({"x": noise(2, 8, 6, 3)}, IMAGE, r"transpose\(0, 3, 1, 2\)")
+    arrays = {"input_ids": np.full((2, 4), 10), "attention_mask": np.ones((2, 4), np.int64), "labels": np.zeros(2)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    refuse(tmp_path / "a.npz", TEXT, "no images to preprocess", "imagenet")
+    assert list(read(open_calibration(tmp_path / "a.npz", TEXT))) == ["input_ids", "attention_mask"]
+    limited = (replace(TEXT[0], limit=10), TEXT[1])
+    refuse(tmp_path / "a.npz", limited, "(?s)out of range: 10 to 10.*0 to 9")
 
 
 def test_missing_pillow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

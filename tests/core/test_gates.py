@@ -59,6 +59,15 @@ def test_a_measured_limit_on_speed_needs_no_note(tmp_path: Path, calib: dict[str
     assert not found.notes and [(gate.name, gate.passed) for gate in found.gates] == [("min_speedup", True), ("max_size_ratio", True)]
 
 
+def test_doubtful_calibration_is_noted(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
+    few = convert(CNN, tmp_path / "few.onnx", calib={"input": calib["input"][:3]}).notes
+    assert len(few) == 1 and "only 3 calibration samples" in few[0]
+    flat = convert(CNN, tmp_path / "flat.onnx", calib={"input": np.zeros_like(calib["input"])}, limits={"min_cosine": None}).notes
+    assert len(flat) == 1 and "Input 'input' is 0 throughout" in flat[0]
+    one = convert(CNN, tmp_path / "one.onnx", calib={"input": calib["input"][:1]}).notes
+    assert len(one) == 1 and "verified on the same" in one[0]
+
+
 def test_limits_take_the_place_of_the_recipes(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
     with pytest.raises(VerifyError, match="min_sqnr_db is 200"):
         convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_sqnr_db": 200.0})

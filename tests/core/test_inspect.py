@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from graphq import ir, report
+from graphq.convert import convert
 from graphq.errors import GraphqError, ModelError
 from graphq.inspect import compare_files, inspect, pass_options, pass_summaries
 from graphq.kernels_used import kernels
-from graphq.models import onnx_path
+from graphq.models import digits, onnx_path
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 MIXED = f"""{HEAD}
@@ -146,3 +148,20 @@ def test_options_show_type_and_default() -> None:
 def test_an_unknown_pass_is_refused() -> None:
     with pytest.raises(GraphqError, match="did you mean 'insert-qdq'"):
         pass_options("insert-qd")
+
+
+def test_layers_that_no_pass_quantizes_are_named(tmp_path: Path) -> None:
+    text = "g (float[s, n, 4] x) => (float[] y) { [recurrent] y = LSTM <hidden_size = 3> (x, w, r) }"
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text.replace("w, r", "x, x")}')
+    ir.save(model, tmp_path / "m.onnx")
+    (node,) = inspect(tmp_path / "m.onnx").linear
+    assert node.op_type == "LSTM" and node.refusal == "not quantized by any pass"
+
+
+def test_layers_that_b_computes_on_codes_are_not_compared(tmp_path: Path) -> None:
+    """The demo's: values that were rescaled have other names, and codes are no floats."""
+    calib = {"input": digits.calibration(16)}
+    convert(onnx_path("digits_vit"), tmp_path / "b.onnx", calib=calib, limits={"min_speedup": None})
+    np.savez(tmp_path / "data.npz", **calib)
+    found, _ = compare_files(onnx_path("digits_vit"), tmp_path / "b.onnx", tmp_path / "data.npz", layers=True)
+    assert len(found) > 50 and found[0].sqnr_db > 20

@@ -153,7 +153,7 @@ def test_an_unknown_opset(refused: Callable[..., str], folder: Path) -> None:
     ("arrays", "words"),
     [
         ({"X": np.zeros((8, 4), np.float32)}, ["no array for input 'x'", "'X'"]),
-        ({"x": np.zeros((8, 4), np.float32), "labels": np.zeros(8)}, ["'labels' is no input"]),
+        ({"x": np.zeros((8, 4), np.float32), "masks": np.zeros(8)}, ["'masks' is no input"]),
         ({"x": np.zeros((8, 5), np.float32)}, ["[8, 5]", "samples"]),
         ({"x": np.zeros(4, np.float32)}, ["first axis"]),
         ({"x": np.zeros((8, 4), np.int64)}, ["int64", "float32"]),

@@ -30,11 +30,11 @@ REFUSALS = {
     "aqer": "changed nothing",
     "cross-scale": "changed nothing",
     "dynamic-activations": "changed nothing",
-    "ln-reparam": "changed nothing",
+    "ln-reparam": "No normalization",
     "mixed-precision": "changed nothing|no layer",
     "prune": "changed nothing",
     "round": "changed nothing",
-    "sulq-softmax": "changed nothing",
+    "sulq-softmax": "No softmax",
 }
 """Passes that find nothing to do behind insert-qdq and say so."""
 MODELS = {

@@ -74,7 +74,7 @@ GUARDS: dict[str, tuple[str, dict[str, np.ndarray], str]] = {
         { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) [it] y = MatMul(d, w) }""",
                           {"w": floats(4, 4), "s": np.float32(0.1), "z": np.uint8(3)}, "quantized already"),
     "quantized weight": ("g (float[N, 4] x) => (float[N, 4] y) { w = DequantizeLinear(q, s) [it] y = MatMul(x, w) }",
-                         {"q": np.ones((4, 4), np.int8), "s": np.float32(0.1)}, "not a constant"),
+                         {"q": np.ones((4, 4), np.int8), "s": np.float32(0.1)}, "quantized already"),
     "no kernel": (f"g ({IMAGE}) => (float[N, 4, 8, 8] y) {{ [it] y = ConvTranspose(x, w) }}", {"w": floats(4, 4, 1, 1)},
                   "no integer kernel"),
 }  # fmt: skip

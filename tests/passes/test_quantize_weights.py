@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[str, dict[str, np.ndarray], dict[str, Any], str]] = {
               {}, "empty"),
     "double": ("d = Cast <to = 11> (x) [it] y = MatMul(d, w)", {"w": np.ones((6, 4))}, {}, "not float32"),
     "quantized": ("w = DequantizeLinear(q, s) [it] y = MatMul(x, w)", {"q": np.ones((6, 4), np.int8), "s": np.float32(2)},
-                  {}, "not a constant"),
+                  {}, "quantized already"),
     "excluded": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"exclude": ("i?",)}, "excluded by the recipe"),
     "groups": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"group_size": 4}, "its 6 inputs are not a multiple of the group size 4"),
     "kernel": ("[it] y = Conv(x, w)", {"w": floats(4, 6, 1)}, {"group_size": 2}, "kernel positions"),
