@@ -6,7 +6,8 @@
   that ran, in units of a float forward pass over the same samples: once when only the current model is read, once when the
   reference's outputs are read as well; and the wall time of the same.
 - memory: the same sweep over 12 blocks with several memory budgets: what it holds, what it spills, and the peak RSS.
-- seconds: the passes of a 4-bit recipe on ViT-Tiny, and rounding all its weights by each algorithm from sums that are there.
+- seconds: the passes of the recipe w4a4-vit on ViT-Tiny; the search for the scales of its layers' inputs; and rounding all its
+  weights by each algorithm, from sums that are there.
 
 Every measurement has a process of its own. Results: <out>/sweep.md, sweep.csv and sweep.svg. The part `seconds` needs the shared
 assets and is left out where they are not.
@@ -156,17 +157,24 @@ def context(images: str) -> Any:
 
 
 def recipe_job(images: str) -> Row:
-    """Seconds of each pass that brings ViT-Tiny to 4-bit weights and activations."""
-    from graphq.passes.insert_qdq import InsertQdq
+    """Seconds of each pass of the recipe w4a4-vit."""
+    from graphq.pipeline import run_passes
+    from graphq.recipe import load_recipe
+    from graphq.verify import verify_graph
+
+    records = run_passes(load_recipe("w4a4-vit").passes, context(images), verify_graph)
+    return {record.name: record.seconds for record in records}
+
+
+def search_job(images: str) -> Row:
+    """Seconds of searching the scale of each layer's inputs for 4-bit weights (AWQ, SmoothQuant), calibration included."""
+    from graphq.passes.migrate import Migrate
     from graphq.passes.normalize import Normalize
-    from graphq.passes.round import Round
     from graphq.pipeline import run_passes
     from graphq.verify import verify_graph
 
-    ctx = context(images)
-    quantizers = InsertQdq(activation_bits=4, weights=False, ranges="mse", error_samples=0)
-    records = run_passes([Normalize(), quantizers, Round(repair=True)], ctx, verify_graph)
-    return {record.name: record.seconds for record in records}
+    record = run_passes([Normalize(), Migrate(weight_bits=4)], context(images), verify_graph)[-1]
+    return {"scaled": len(record.measurements), "migrate": record.seconds}
 
 
 def rounding_job(images: str) -> Row:
@@ -205,7 +213,7 @@ def rounding_job(images: str) -> Row:
     return {"layers": len(nodes), "weights": weights} | spent
 
 
-JOBS: dict[str, Callable[..., Row]] = {"sweep": sweep_job, "recipe": recipe_job, "rounding": rounding_job}
+JOBS: dict[str, Callable[..., Row]] = {"sweep": sweep_job, "recipe": recipe_job, "search": search_job, "rounding": rounding_job}
 
 
 # ---- the measurements -----------------------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ def ask(job: str, *arguments: object) -> Row:
 def measure(images: int) -> list[Row]:
     rows = [ask("sweep", blocks, BUDGETS_MB[0], reads) for blocks in BLOCKS for reads in ("current", "both")]
     rows += [ask("sweep", 12, budget, "both") for budget in BUDGETS_MB[1:]]
-    return rows + ([ask("recipe", images), ask("rounding", images)] if VIT.exists() else [])
+    return rows + ([ask(job, images) for job in ("recipe", "search", "rounding")] if VIT.exists() else [])
 
 
 def chosen(rows: list[Row], part: str, arguments: str = "") -> list[Row]:
@@ -267,8 +275,12 @@ def markdown(rows: list[Row], head: list[str]) -> str:
     lines += ["The budget covers what the sweep holds between stops; ONNX Runtime and the imports come on top.", "", *memory_table(rows)]
     if recipe := chosen(rows, "recipe"):
         passes = {key: value for key, value in recipe[0].items() if isinstance(value, float)}
-        lines += ["", f"## ViT-Tiny, {recipe[0]['arguments']} images: 4-bit weights and activations", ""]
+        lines += ["", f"## ViT-Tiny, {recipe[0]['arguments']} images: the recipe w4a4-vit", ""]
+        passes["all"] = sum(passes.values())
         lines += table([["pass", "s"], *([name, f"{seconds:.1f}"] for name, seconds in passes.items())])
+        search = chosen(rows, "search")[0]
+        lines += ["", "## Searching the scales of its layers' inputs for 4-bit weights", ""]
+        lines += [f"{search['migrate']:.1f} s for all layers, calibration included; {search['scaled']} of them gain enough."]
         found = chosen(rows, "rounding")[0]
         lines += ["", f"## Rounding all {found['weights']:,} weights of its {found['layers']} layers", ""]
         lines += table([["what", "s"], *([name, f"{value:.1f}"] for name, value in found.items() if isinstance(value, float))])

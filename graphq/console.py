@@ -205,9 +205,10 @@ def inspection(found: Inspection, used: KernelsUsed | None = None, *, layers: bo
         names = [node.name for node in found.linear if (node.op_type, node.refusal) == (op, refusal)]
         say(f"  not: {count} {op}: {refusal} ({', '.join(names[:3])}{', ...' if count > 3 else ''})")
     if layers:
-        table(("layer", "operator", "weight", "can be quantized"), [
-            (node.name, node.op_type, shape(node.weight_shape), f"no: {node.refusal}" if node.refusal else "yes") for node in found.linear
-        ])  # fmt: skip
+        answers = [f"no: {node.refusal}" if node.refusal else "yes" for node in found.linear]
+        shapes = [shape(node.weight_shape) if node.weight_shape else "-" for node in found.linear]
+        rows = [(node.name, node.op_type, *cells) for node, *cells in zip(found.linear, shapes, answers, strict=True)]
+        table(("layer", "operator", "weight", "can be quantized"), rows)
     if found.already_quantized:
         say("Note: this model is quantized already.", style="yellow")
     table(("fits", "", ""), [
