@@ -18,7 +18,7 @@ from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
 from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
-from graphq.executor import Executor
+from graphq.executor import BATCH, Executor
 from graphq.gates import GateResult
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import Preprocess
@@ -267,7 +267,7 @@ def _data_notes(data: CalibrationSet) -> Iterator[str]:
     if len(data) < FEW:
         held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "verified on some of them"
         yield f"There are only {len(data)} calibration samples, {held}: give {FEW} or more, as different as what the model will see."
-    first = next(data.batches(FEW))
+    first = next(data.batches(BATCH))
     for name, array in first.items():
         if array.dtype.kind == "f" and array.size > 1 and array.min() == array.max():
             yield f"Input {name!r} is {array.flat[0]:g} throughout the first calibration samples: ranges from it hold for nothing else."

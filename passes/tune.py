@@ -23,7 +23,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.editor import Editor
-from graphq.executor import BATCH, THREADS, Executor, Fetch
+from graphq.executor import BATCH, THREADS, WORKERS, Executor, Fetch
 from graphq.passes import _tune_math as math
 from graphq.passes._tune_attention import attention_bias
 from graphq.passes._tune_split import split_projection
@@ -49,7 +49,7 @@ class Tune(Pass):
     keeps_function: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
 
-    samples: Annotated[int, Field(ge=1)] = 8
+    samples: Annotated[int, Field(ge=1)] = 4
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         for node in list(model.graph):
@@ -71,7 +71,7 @@ class Tune(Pass):
         probe = ir.clone(model)
         edit, twins = Editor(probe), {node.name: node for node in probe.graph}
         fetches = [Fetch(_row_maxima(edit, twins[node.name])) for node in nodes]
-        runs = list(Executor(probe, fetches, threads=THREADS).stream(ctx.calib.take(self.samples).batches(BATCH)))
+        runs = list(Executor(probe, fetches, threads=THREADS).stream(ctx.calib.take(self.samples).batches(BATCH // WORKERS)))
         return [math.floor_for(np.concatenate([maxima.reshape(-1) for maxima in arrays])) for arrays in zip(*runs, strict=True)]
 
 
