@@ -49,7 +49,7 @@ def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: st
 
 
 def compare(reference: Executor, result: Executor, labelled: Labelled) -> Accuracy:
-    """Top-1 of both on the first output, whose last axis is the classes."""
+    """Top-1 of both on the first output, `[samples, classes]` (or `[samples, classes, 1, 1]`)."""
     right = np.zeros(2)
     start = 0
     for batch in labelled.data.batches(BATCH):

@@ -18,7 +18,8 @@ import numpy as np
 
 from graphq.arrays import Bounds, Column, is_float, open_npy, open_npz
 from graphq.errors import DataError
-from graphq.preprocess import PRESETS, Preprocess, describe, did_you_mean, format_shape, image_shape, open_images, resolve_preprocess
+from graphq.names import did_you_mean
+from graphq.preprocess import PRESETS, Preprocess, describe, format_shape, image_shape, open_images, resolve_preprocess
 from graphq.random_inputs import random_columns
 from graphq.spec import ModelInput
 

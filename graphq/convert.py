@@ -21,14 +21,14 @@ from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
 from graphq.executor import BATCH, Executor
 from graphq.gates import GateResult
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
-from graphq.preprocess import Preprocess
+from graphq.preprocess import METADATA_KEY, Preprocess
 from graphq.qdq import quantized_weight_bytes
 from graphq.recipe import Recipe, load_recipe
 from graphq.report import Accuracy, CalibrationFacts, Latency, OutputComparison, Report
 from graphq.targets import Target
 
 HELD_OUT = 8
-"""Samples kept back for verification, at most a quarter of what there is."""
+"""Samples kept back for verification; of fewer than 32 a quarter, but at least one (or one batch of the model's fixed size)."""
 
 FEW = 16
 """Calibration samples that raise no doubt."""
@@ -62,7 +62,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
 
     Raises:
         GraphqError: with a class for each kind of fault, see `graphq.errors`. Nothing is written then, except that a
-            result that failed verification is kept as `<out>.failed.onnx`, with its report, which `VerifyError.report` is too.
+            result that failed verification is kept as `<out>.failed.onnx`; if it misses a gate, with its report in it, in
+            `report_dir` and in `VerifyError.report`.
     """
     path, out_path, clock = Path(model), Path(out), _Clock()
     goal = targets.get_target(target)
@@ -89,6 +90,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     with clock("emit"):
         result = _report(path, original, ctx, plan, data, seed, command, records, measured, _notes(data, plan, goal, emit))
         report.embed(ctx.model, result)
+        if data.preprocess is not None:
+            ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()
         try:
             gates.require_passed(result.gates)
             with files.pending(out_path) as file:
@@ -265,7 +268,7 @@ def _data_notes(data: CalibrationSet) -> Iterator[str]:
     if data.kind == "random":
         return
     if len(data) < FEW:
-        held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "verified on some of them"
+        held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "a few of them for verification"
         yield f"There are only {len(data)} calibration samples, {held}: give {FEW} or more, as different as what the model will see."
     first = next(data.batches(BATCH))
     for name, array in first.items():

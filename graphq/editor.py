@@ -107,6 +107,7 @@ class Editor:
 
     def now_makes(self, value: Value, what: str) -> None:
         """Name `value` after what it has become, so that nobody takes it for the value of that name in the original model."""
+        assert not value.is_graph_output(), "what the model returns keeps its name"
         value.name = self.unique(f"{value.name}_{what}")
         self.edits["rename"] += 1
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from graphq import ir
 from graphq.errors import RecipeError
+from graphq.names import did_you_mean
 
 PART_OF = "graphq.part_of"
 """Metadata entry of a node that is a part of a node of the model as it came: the name of that."""
@@ -28,9 +28,9 @@ def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
     """Raises RecipeError for a pattern that names no node: it would have no effect."""
     for pattern in exclude:
         if not any(is_excluded(node, [pattern]) for node in ir.all_nodes(model)):
-            close = get_close_matches(pattern, sorted({given_name(node) for node in ir.all_nodes(model)}), n=1)
+            names = {given_name(node) for node in ir.all_nodes(model)}
             raise RecipeError(
                 "An exclude pattern matches no node.", where=f"exclude: {pattern!r}",
                 expected="the name of a node, with * and ?, or an operator type",
-                hint=f"did you mean {close[0]!r}?" if close else "`graphq inspect --layers` lists the names",
+                hint=did_you_mean(pattern, names) or "`graphq inspect --layers` lists the names",
             )  # fmt: skip

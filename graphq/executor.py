@@ -1,7 +1,7 @@
 """Run a model, or a part of one, with ONNX Runtime's public API and look at any of its values.
 
 Whole tensors leave the session only when somebody asks for them: extrema and subsamples are reduced inside the graph.
-QDQ fusion is off by default, so that the numbers are those of the ONNX semantics (METHODS.md 1.2); `deployed=True` gives the
+QDQ fusion is off by default, so that the numbers are those of the ONNX semantics; `deployed=True` gives the
 session that a user would run.
 """
 

@@ -1,4 +1,4 @@
-"""Model-local functions: operators that no runtime has, each with a body of standard ones (tier T2 of METHODS.md 1.4).
+"""Model-local functions: operators that no runtime has, each with a body of standard ones.
 
 The body is the specification of the operator: any runtime runs it, and what a kernel of the same name computes is tested
 against it. Numbers come in as inputs, so that one function serves all nodes.

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from graphq import ir, linear, verify
-from graphq.calibration import CalibrationSet, open_calibration
+from graphq.calibration import CalibrationSet
+from graphq.data import open_data
 from graphq.errors import GraphqError, ModelError, RecipeError
 from graphq.executor import Executor, Fetch
 from graphq.pipeline import Pass, PassContext
@@ -216,7 +217,7 @@ def compare_files(a: str | Path, b: str | Path, data: str | Path | None = None, 
     """
     first, second = ir.load(a), ir.load(b)
     names = _shared_values(first, second) if layers else _shared_outputs(first, second, f"{a} and {b}")
-    calibration = open_calibration("random" if data is None else data, ir.inputs(first), preprocess=preprocess, seed=seed).take(samples)
+    calibration = open_data(data, second, preprocess, seed).take(samples)  # the second may remember its preprocessing
     fetches = [Fetch(name) for name in names]
     reference, result = (Executor(model, fetches, deployed=not layers) for model in (first, second))
     found = verify.compare(reference, result, calibration, names)

@@ -1,6 +1,6 @@
 """Logarithmic quantization of arrays that are not negative, such as attention weights: small values get finer levels.
 
-One family, `x ≈ exp(center + scale * q) - shift`, has three members. `sulq` (I&S-ViT, arXiv 2311.10126; METHODS.md M2) searches
+One family, `x ≈ exp(center + scale * q) - shift`, has three members. `sulq` (I&S-ViT, arXiv 2311.10126) searches
 `shift`, so that levels are spaced evenly near 0 and by ratio above; `log2` (FQ-ViT, arXiv 2111.13824) halves from level to level;
 `log-sqrt2` (RepQ-ViT, arXiv 2212.08254) divides by the root of 2 and keeps its lowest code for 0.
 

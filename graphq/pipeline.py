@@ -202,7 +202,7 @@ class Pass(ABC):
         """Change `model` through `ctx.edit`; put refusals into `ctx.skip`, numbers into `ctx.measure`."""
 
     def precheck(self, model: ir.Model, target: Target) -> None:  # noqa: B027 (optional)
-        """Refuse before any calibration what `target` cannot express. Raises TargetError."""
+        """Refuse before any calibration what `target` cannot express (TargetError) or options that fit nothing (RecipeError)."""
 
     def check(self, model: ir.Model) -> None:  # noqa: B027 (optional)
         """A postcondition of this pass. Raises VerifyError."""

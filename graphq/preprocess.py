@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, Field
 
 from graphq.errors import DataError
+from graphq.names import did_you_mean
 from graphq.spec import ModelInput
 
 METADATA_KEY = "graphq.preprocess"
@@ -256,12 +256,6 @@ def open_images(folder: Path, model_input: ModelInput, preprocess: Preprocess | 
         raise DataError("the model leaves the size of images open", where=where, expected="`crop` in the preprocessing", hint=hint)
     _pillow()
     return ImageFiles(paths, preprocess, (height, width, channels))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the known word closest to this one, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean '{close[0]}'?" if close else ""
 
 
 def _pillow() -> Any:

@@ -1,6 +1,6 @@
 """QuantizeLinear and DequantizeLinear in the graph: the one place where passes write them.
 
-Tier T1 of METHODS.md 1.4: an activation edge gets a QDQ pair, a weight or a bias becomes integer codes with one
+An activation edge gets a QDQ pair, a weight or a bias becomes integer codes with one
 DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and the simulation cannot differ.
 """
 
@@ -27,7 +27,7 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
                 through: Sequence[ir.Node] = ()) -> ir.Value:  # fmt: skip
     """Put one QDQ pair on `value` and let `readers` (node, input index) read its result, which is returned.
 
-    A width that ONNX does not store gets an explicit Clip before it, and 8-bit codes (METHODS.md 1.2); so do 4 bits behind a Clip,
+    A width that ONNX does not store gets an explicit Clip before it, and 8-bit codes; so do 4 bits behind a Clip,
     which ONNX Runtime 1.31 would merge into a QuantizeLinear of 8 bits only. `through` is a chain of nodes, the last of which
     makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
     """
@@ -115,14 +115,15 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
 
 def insert_lookup(edit: Editor, node: ir.Node, codes: np.ndarray, qparams: QParams, spec: QuantSpec, *, after: bool) -> None:
     """Let a Gather read `codes` instead of its float table, dequantized (per tensor) after it, row by row, or before it."""
-    name, out = node.inputs[0].name or "table", node.outputs[0]  # type: ignore[union-attr]
+    table, out = node.inputs[0], node.outputs[0]
+    name = table.name or "table"  # type: ignore[union-attr]
+    integers = edit.shared((table, "table"), f"{name}_quantized", lambda: codes, spec.storage)
     if not after:
-        table = node.inputs[0]
-        operands = [edit.initializer(f"{name}_quantized", codes, spec.storage), *_qparam_values(edit, name, qparams, spec)]
+        operands = [integers, *_qparam_values(edit, name, qparams, spec)]
         edit.rewire(node, 0, edit.insert(node, "DequantizeLinear", operands, output=f"{name}_dequantized", like=table))
         return
     readers = [(use.node, use.idx) for use in out.uses()]
-    edit.rewire(node, 0, edit.initializer(f"{name}_quantized", codes, spec.storage))
+    edit.rewire(node, 0, integers)
     result = edit.insert(
         node, "DequantizeLinear", [out, *_qparam_values(edit, name, qparams, spec)], output=f"{out.name}_dequantized", like=out, after=True
     )

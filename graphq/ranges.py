@@ -7,7 +7,7 @@ exact extrema. A statistic without a finite element gives (0.0, 0.0), from which
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +17,6 @@ from graphq.quantizers import Uniform
 from graphq.spec import QuantSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class RangeEstimator(Protocol):
-    """How a range is chosen from statistics; a frozen dataclass whose fields are options."""
-
-    def observer(self, value: str, source: Source = "current") -> Observer:
-        """What has to be observed."""
-        ...
-
-    def estimate(self, stat: Stat, spec: QuantSpec) -> tuple[float, float]:
-        """The range for one scale of `spec` (its granularity is not used)."""
-        ...
 
 
 @dataclass(frozen=True)

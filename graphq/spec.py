@@ -67,7 +67,7 @@ class QuantSpec:
 
     @property
     def storage_bits(self) -> int:
-        """Width of the ONNX type that holds a code: the next of 2, 4, 8 (METHODS.md 1.1)."""
+        """Width of the ONNX type that holds a code: the next of 2, 4, 8."""
         return min(width for width in INTEGER_OPSETS if width >= self.bits)
 
     @property

@@ -2,7 +2,7 @@
 
 Layer-by-layer methods need, for each linear node, the activations that reach it in the current model (everything before it
 already changed) and what it computes in the reference. Either walk keeps the tensors that later nodes still read (the frontier)
-for all calibration samples, so that each node runs once at most, whatever the depth (DESIGN.md 5).
+for all calibration samples, so that each node runs once at most, whatever the depth.
 """
 
 from __future__ import annotations

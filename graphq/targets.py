@@ -1,6 +1,6 @@
 """What each runtime can express and what it fuses: tables, read by the passes that place quantizers.
 
-The facts were found by running (DESIGN.md 6); each has a test in `tests/core/test_targets.py`.
+The facts were found by running; each has a test in `tests/core/test_targets.py`.
 """
 
 from __future__ import annotations

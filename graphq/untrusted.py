@@ -1,4 +1,4 @@
-"""What a model file claims about its tensors, checked before anybody believes it: model files are untrusted input (DESIGN.md 11)."""
+"""What a model file claims about its tensors, checked before anybody believes it: model files are untrusted input."""
 
 from __future__ import annotations
 

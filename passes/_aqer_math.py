@@ -1,4 +1,4 @@
-"""Ridge regression of a layer's weight on what quantized activations cost it (Aqer, arXiv 2407.06794; METHODS.md M1).
+"""Ridge regression of a layer's weight on what quantized activations cost it (Aqer, arXiv 2407.06794).
 
 `Δ = argmin ||R - A Δᵀ||² + λ ||Δ||²` with `A = [X | 1]`, so `Δ = RᵀA (AᵀA + λI)⁻¹`; sums as in `_sums`.
 λ is `alpha` times the mean diagonal of `AᵀA`, so that `alpha` means the same for every layer.

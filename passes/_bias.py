@@ -52,6 +52,12 @@ def can_shift(node: ir.Node) -> bool:
     return _factor(node) != 0 and node.op_type in ("Conv", "ConvTranspose", "Gemm") and linear.bias_of(node) is None
 
 
+def takes_data_shift(node: ir.Node) -> bool:
+    """Whether a constant added to the data of `node` comes out as `constant @ weight`, which its bias can take."""
+    plain = ir.attribute(node, "alpha", 1.0) == 1.0 and ir.attribute(node, "beta", 1.0) == 1.0 and not ir.attribute(node, "transA", 0)
+    return node.op_type in ("MatMul", "Gemm") and plain and can_shift(node)
+
+
 def shift(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
     """Add `amount`, float of shape (output channels,), to the output of `node` through its bias; one is made if there is none."""
     slot = find(node)

@@ -3,7 +3,7 @@
 A symmetric quantizer wastes half of its codes on a range like that of GELU's output, [-0.17, 10]. Adding `z s`, the zero point
 of the asymmetric quantizer in units of x, gives codes that are the same integers with zero point 0; what that adds to the
 output is constant and goes into the bias. One element-wise operation that compilers fuse into the quantizer (the shift of
-SQ-b, MPTQ-ViT, arXiv 2401.14895; METHODS.md 4-4). Zero padding would not be shifted, so convolutions are left alone.
+SQ-b, MPTQ-ViT, arXiv 2401.14895). Zero padding would not be shifted, so convolutions are left alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,6 @@ from graphq.quantizers import QParams
 
 WORTHWHILE = 1.15
 """Centre only if that makes the scale smaller by this factor."""
-
-
-def can_center(node: ir.Node) -> bool:
-    """Whether a constant added to the data of `node` can be taken out through its bias."""
-    plain = ir.attribute(node, "alpha", 1.0) == 1.0 and ir.attribute(node, "beta", 1.0) == 1.0 and not ir.attribute(node, "transA", 0)
-    return node.op_type in ("MatMul", "Gemm") and plain and _bias.can_shift(node)
 
 
 def is_worthwhile(low: float, high: float) -> bool:

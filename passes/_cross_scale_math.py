@@ -1,4 +1,4 @@
-"""Activation steps that depend on row and column: `D_ij = t_i^a c_j^(1-a) / levels` (CrossQuant, arXiv 2410.07505; METHODS.md 4-19).
+"""Activation steps that depend on row and column: `D_ij = t_i^a c_j^(1-a) / levels` (CrossQuant, arXiv 2410.07505).
 
 X: [N, D] rows of activations, one a token; W: [D, O]; t: [N], largest magnitude of each row, found at run time; c: [D], that
 of each column, from calibration; k = c^(1-a). Dividing X by k and multiplying W by it leaves a step `t_i^a / levels` for each row,

@@ -1,4 +1,4 @@
-"""Quantization whose scale is found at run time, one for each token (ZeroQuant, arXiv 2206.01861; METHODS.md 3.2).
+"""Quantization whose scale is found at run time, one for each token (ZeroQuant, arXiv 2206.01861).
 
 X: [N, D] rows of activations, one a token.
 """

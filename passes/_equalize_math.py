@@ -1,4 +1,4 @@
-"""Cross-layer equalization (DFQ, arXiv 1906.04721, section 4.1; METHODS.md 4-3): float64, numpy only.
+"""Cross-layer equalization (DFQ, arXiv 1906.04721, section 4.1): float64, numpy only.
 
 A weight is held in *blocks*: [G, O, I, K] with G groups, O output and I input channels of a group, K kernel positions. Its G * O
 output and G * I input channels are numbered group by group, as they lie in the tensors between two layers. If the function between

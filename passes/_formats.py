@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from graphq import ir, ranges
-from graphq.passes import _center, _placement
+from graphq.passes import _bias, _center, _placement
 from graphq.passes._placement import Placement
 from graphq.pipeline import PassContext
 from graphq.quantizers import Format, Uniform
@@ -27,7 +27,7 @@ def formats(plan: Placement, estimator: ranges.Estimator, ctx: PassContext, *, c
         if members[0] in found:
             found[value] = found[members[0]]
             continue
-        if center and spec.symmetric and value not in plan.whole and all(_center.can_center(node) for node, _ in plan.readers[value]):
+        if center and spec.symmetric and value not in plan.whole and all(_bias.takes_data_shift(node) for node, _ in plan.readers[value]):
             shifted = replace(spec, symmetric=False)
             low, high = estimator.estimate(stats[observers[value]], shifted)
             if _center.is_worthwhile(low, high):

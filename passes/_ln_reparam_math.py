@@ -1,4 +1,4 @@
-"""One scale for all channels of a normalization's output, without loss (RepQ-ViT, arXiv 2212.08254; METHODS.md M2b).
+"""One scale for all channels of a normalization's output, without loss (RepQ-ViT, arXiv 2212.08254).
 
 y: [N, D] what the normalization returns; s, z: [D] the scale and zero point that suit each of its channels, for unsigned codes.
 With `r = s / s̃` and an integer z̃, `y' = (y + s (z - z̃)) / r` has under the one scale s̃ and zero point z̃ the very codes that y has

@@ -1,4 +1,4 @@
-"""Moving scale, and a shift, from activations to weights: `X W = ((X - c) / k) (diag(k) W) + c W` (METHODS.md 4-4).
+"""Moving scale, and a shift, from activations to weights: `X W = ((X - c) / k) (diag(k) W) + c W`.
 
 X: [N, D] rows of activations; W: [D, O]; k: [D], positive; c: [D]. Rules for k: SmoothQuant (arXiv 2211.10438), and GPS, which
 balances the measured errors of both sides (PTQ4ARVG). The shift is that of SQ-b (MPTQ-ViT, arXiv 2401.14895).

@@ -1,4 +1,4 @@
-"""Fixed noise before a quantizer: `y = Q(X + n) W - n W`, the last term in the bias (NoisyQuant, arXiv 2211.16056; METHODS.md 4-23).
+"""Fixed noise before a quantizer: `y = Q(X + n) W - n W`, the last term in the bias (NoisyQuant, arXiv 2211.16056).
 
 X: [N, D] rows of activations; W: [D, O], of all layers that read the quantizer side by side; n: [D], drawn once.
 Where many elements lie at one place between two codes, all of them are rounded the same way; noise spreads them out.

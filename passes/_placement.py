@@ -88,7 +88,9 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
             plan.skipped.append((node, "it lies in a subgraph"))
     flowing = _flow(model, target, plan.anchors, exclude)
     quantized = {*plan.anchors, *flowing}
-    for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, quantized, plan.anchors)]:
+    # What is kept float counts as well: nothing shall be quantized because something else is not.
+    least = WORTH_ROUNDING * sum(map(linear.multiply_adds, [*plan.anchors, *(keep_float or {})]))
+    for node in [node for node in plan.anchors if _rounds_for_nothing(node, target, quantized, least)]:
         plan.anchors.remove(node)
         plan.skipped.append((node, f"{target.name} would have to round its output, which only float nodes read, for little work saved"))
     flowing = _flow(model, target, plan.anchors, exclude)
@@ -173,8 +175,8 @@ def fused_output(node: ir.Node, target: Target) -> ir.Value:
     return value
 
 
-def _rounds_for_nothing(node: ir.Node, target: Target, quantized: set[ir.Node], anchors: Sequence[ir.Node]) -> bool:
-    """Whether the integer kernel's output would be rounded for float readers alone, by a layer too small to be worth that.
+def _rounds_for_nothing(node: ir.Node, target: Target, quantized: set[ir.Node], least: float) -> bool:
+    """Whether the integer kernel's output would be rounded for float readers alone, by a layer of less work than `least`.
 
     The patch embedding of a ViT is the case: its output starts the residual stream, where an error stays to the end. A float
     activation before the next quantized layer is none.
@@ -182,7 +184,7 @@ def _rounds_for_nothing(node: ir.Node, target: Target, quantized: set[ir.Node], 
     value = fused_output(node, target)
     if not target.ops[node.op_type].quantized_output or _feeds(value, quantized) or _only_activates(value, quantized, ACTIVATION_DEPTH):
         return False
-    return linear.multiply_adds(node) < WORTH_ROUNDING * sum(linear.multiply_adds(other) for other in anchors)
+    return linear.multiply_adds(node) < least
 
 
 def _only_activates(value: ir.Value, quantized: set[ir.Node], depth: int) -> bool:

@@ -1,4 +1,4 @@
-"""N:M sparsity: an output keeps N weights of every M consecutive inputs, the others become zero (METHODS.md M3).
+"""N:M sparsity: an output keeps N weights of every M consecutive inputs, the others become zero.
 
 What its layer's output loses is `P = tr((Ŵ - W) C (Ŵ - W)ᵀ)`. W: [O, D], C: [D, D], the damped Gram matrix of what the layer
 reads (or any multiple of it), both float64; a mask: bool [O, D], true where a weight is kept.

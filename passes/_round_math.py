@@ -3,7 +3,7 @@
 All minimize `P(δ) = δᵀ C δ` for each output, where δ is what rounding changes in its weights and C the (damped) Gram matrix of
 what the layer reads. Letters as in `_layer_rows`: W: [G, O, D], C: [G, D, D]; codes are whole numbers, float64 [G, O, D].
 
-GPTQ: arXiv 2210.17323. Wqer: ERQ, arXiv 2407.06794, with exact gains. METHODS.md M1 and 3.1.
+GPTQ: arXiv 2210.17323. Wqer: ERQ, arXiv 2407.06794, with exact gains.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = Non
 def damped(gram: np.ndarray, count: int) -> np.ndarray:
     """C of `count` rows with a share of its mean diagonal on the diagonal; the identity if nothing was seen.
 
-    The share is what so few rows get wrong, D / N (see METHODS.md M1 on N < D): without it, codes fit their noise.
+    The share is what so few rows get wrong, D / N: without it, codes fit their noise.
     """
     mean, share = float(np.einsum("gdd->gd", gram).mean()), max(DAMPING, gram.shape[1] / max(count, 1))
     return np.asarray(gram + (share * mean if mean > 0 else 1.0) * np.eye(gram.shape[1]))

@@ -6,13 +6,14 @@ One scale for the whole table, because a row's own scale would have to be looked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from graphq import ir, qdq
 from graphq.editor import Editor
+from graphq.exclude import is_excluded
 from graphq.noise import decibel
 from graphq.quantizers import Uniform
 from graphq.spec import PerTensor, QuantSpec
@@ -22,10 +23,10 @@ MIN_ROWS = 1024
 """Smaller tables (positions, token types) stay float: they hold little, and what they add stays to the end."""
 
 
-def lookups(model: ir.Model) -> Iterator[ir.Node]:
-    """Gather nodes that read rows of a large constant float table."""
+def lookups(model: ir.Model, exclude: Sequence[str]) -> Iterator[ir.Node]:
+    """Gather nodes that read rows of a large constant float table, but for those that a pattern of `exclude` fits."""
     for node in model.graph:
-        if node.op_type != "Gather" or node.domain or ir.attribute(node, "axis", 0) != 0:
+        if node.op_type != "Gather" or node.domain or ir.attribute(node, "axis", 0) != 0 or is_excluded(node, exclude):
             continue
         table = node.inputs[0]
         shape = ir.shape_of(table)

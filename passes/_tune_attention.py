@@ -32,7 +32,7 @@ def attention_bias(edit: Editor, node: ir.Node) -> None:
 def _drop_key_bias(edit: Editor, softmax: ir.Node) -> None:
     product = _product(softmax.inputs[0], DEPTH) if _is_over_last_axis(softmax) else None
     keys = product.inputs[1] if product is not None else None
-    found = _value_layer.trace(keys) if keys is not None and len(ir.uses(keys)) == 1 else None
+    found = _value_layer.trace(keys) if keys is not None and _is_private(keys) else None
     if found is None:
         return
     layer, path = found
@@ -43,7 +43,7 @@ def _drop_key_bias(edit: Editor, softmax: ir.Node) -> None:
 
 
 def _move_value_bias(edit: Editor, layer: ir.Node) -> None:
-    source = _value_layer.source(linear.data_of(layer)) if _bias.can_shift(layer) and len(ir.uses(linear.data_of(layer))) == 1 else None
+    source = _value_layer.source(linear.data_of(layer)) if _bias.takes_data_shift(layer) and _is_private(linear.data_of(layer)) else None
     if source is None:
         return
     add, products = _bias_add(source.layer), [node for node in source.path if node.op_type == "MatMul"]
@@ -58,7 +58,7 @@ def _move_value_bias(edit: Editor, layer: ir.Node) -> None:
 def _product(value: ir.Value | None, depth: int) -> ir.Node | None:
     """The MatMul of two activations that scores come from: scaled, and with a mask or anything else added to them."""
     node = ir.producer(value)
-    if node is None or node.domain or value is None or len(ir.uses(value)) != 1 or value.is_graph_output():
+    if node is None or node.domain or value is None or not _is_private(value):
         return None
     if node.op_type == "MatMul":
         return node if not any(ir.constant(entry) is not None for entry in node.inputs) else None
@@ -78,6 +78,11 @@ def _scaled(node: ir.Node) -> list[ir.Value | None]:
     """The operand that a Mul or Div multiplies by one number; nothing if it does anything else."""
     numbers = [index for index, entry in enumerate(node.inputs) if (array := ir.constant(entry)) is not None and array.size == 1]
     return [node.inputs[1 - numbers[0]]] if len(numbers) == 1 and (node.op_type == "Mul" or numbers[0] == 1) else []
+
+
+def _is_private(value: ir.Value) -> bool:
+    """Whether one node alone sees `value`."""
+    return len(ir.uses(value)) == 1 and not value.is_graph_output()
 
 
 def _bias_add(layer: ir.Node) -> ir.Node | None:

@@ -86,7 +86,7 @@ def _part(edit: Editor, found: _Projection, part: int) -> ir.Value:
     def constant(value: ir.Value | None, axis: int, what: str) -> ir.Value:
         array = ir.constant(value)
         assert array is not None, "see _find"
-        key = ("split-projection", value, found.dim, axis, part)
+        key = ("split-projection", value, axis, columns.tobytes())
         return edit.shared(key, f"{name}_{what}", lambda: np.take(array, columns, axis), str(array.dtype))
 
     operands = list(layer.inputs)

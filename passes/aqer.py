@@ -2,7 +2,7 @@
 
 Layer by layer, each seeing what the refitted layers before it produce: ridge regression of what the layer makes of its input
 before that is quantized, on the quantized input. How strongly it is held back is chosen for each layer on rows that the fit has
-not seen, and a layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794; METHODS.md M1).
+not seen, and a layer whose error there does not fall keeps its weight (ERQ, arXiv 2407.06794).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from graphq.passes import _aqer_math as math
 from graphq.passes import _bias, _layer_rows
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.targets import Target
 
 
 @pass_options
@@ -37,8 +38,10 @@ class Aqer(Pass):
     samples: Annotated[int, Field(ge=0)] = 0
     exclude: tuple[str, ...] = ()
 
-    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+    def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
         nodes = []
         for node in _layer_rows.candidates(model):
             reason = _layer_rows.refusal(model, node, self.exclude)

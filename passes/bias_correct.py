@@ -1,7 +1,7 @@
 """bias-correct: remove the mean error that quantization adds to each output channel.
 
 `b -= E[y_cur - y_ref]` for each linear node in order, each seeing the activations that the corrected layers before it produce
-(DFQ, arXiv 1906.04721, section 4.2, with measured instead of modelled means; METHODS.md 4-3).
+(DFQ, arXiv 1906.04721, section 4.2, with measured instead of modelled means).
 """
 
 from __future__ import annotations

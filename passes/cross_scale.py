@@ -76,7 +76,7 @@ class CrossScale(Pass):
             return
         observers = {value: ChannelRange(value.name or "", -1) for value in values}
         stats = ctx.observe(observers.values())
-        rows = _token_layers.rows(model, values, ctx.held_out)
+        rows = _token_layers.rows(model, values, ctx.calib.split(max(1, len(ctx.calib) // 4))[1])
         for (value, bits), nodes in layers.items():
             low, high = (stats[observers[value]][end] for end in ("low", "high"))
             c = np.maximum(-low, high)

@@ -98,7 +98,7 @@ class InsertQdq(Pass):
         if self.correct_bias:
             _correct(plan, errors, ctx)
         self._insert(plan, formats, ctx)
-        for node in list(_tables.lookups(model)) if self.tables else []:
+        for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight, ctx.target))
         ctx.edit.prune()
 

@@ -70,7 +70,7 @@ class Migrate(Pass):
             plain = layer.noise(np.ones(len(layer.low), np.float32))
             k, noise = math.best(layer, self.rule, self.alphas)
             c = np.zeros(len(layer.low))
-            if self.shift and all(map(_bias.can_shift, nodes)):
+            if self.shift and all(map(_bias.takes_data_shift, nodes)):
                 middle = (layer.low + layer.high) / 2
                 shifted_k, shifted_noise = math.best(layer.shifted(middle), self.rule, self.alphas)
                 if shifted_noise < noise:

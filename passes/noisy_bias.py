@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.exclude import is_excluded, require_matches
-from graphq.passes import _bias, _center, _pairs, _token_layers
+from graphq.passes import _bias, _pairs, _token_layers
 from graphq.passes import _noisy_bias_math as math
 from graphq.passes._pairs import Pair
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -48,7 +48,8 @@ class NoisyBias(Pass):
         sources = [pair.source for pair in pairs.values()]
         if not sources:
             return
-        calib, held_out = (_token_layers.rows(model, sources, data) for data in (ctx.calib, ctx.held_out))
+        parts = ctx.calib.split(max(1, len(ctx.calib) // 4))
+        calib, held_out = (_token_layers.rows(model, sources, data) for data in parts)
         for value, pair in pairs.items():
             nodes = [use.node for use in ir.uses(value)]
             weights = [_token_layers.matrix(model, node) for node in nodes]
@@ -94,7 +95,7 @@ class NoisyBias(Pass):
             return "where a convolution pads there is no noise, so that its bias could not take it back"
         if len(nodes) < len(ir.uses(value)) or value.is_graph_output():
             return "others than layers read its quantized input, and cannot take the noise back"
-        if not all(_center.can_center(node) and _has_matrix(node) for node in nodes):
+        if not all(_bias.takes_data_shift(node) and _has_matrix(node) for node in nodes):
             return "it has no constant bias, or no constant matrix as weight, to take the noise back with"
         if pair is None:
             return "its quantizer is not a QuantizeLinear and a DequantizeLinear with one constant scale"

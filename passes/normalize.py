@@ -8,7 +8,7 @@ What holds afterwards, for the main graph and its subgraphs:
 3. No dead nodes, no `Identity`, no inference-time `Dropout`; model-local functions are inlined (but those of the domain `graphq`).
 4. The fused `Attention` is written as MatMul and Softmax, unless it keeps a cache.
 5. `BatchNormalization` is folded into the linear operator before it where that is exact. Its parameters stay readable as
-   `node.meta[BATCH_NORM]` of that operator, for data-free methods (METHODS.md 3.4); `meta` survives a clone, not a file.
+   `node.meta[BATCH_NORM]` of that operator, for data-free methods; `meta` survives a clone, not a file.
 6. Shapes and element types are known wherever ONNX can infer them.
 7. The operator set is at least the target's minimum and at most its newest; the file format fits both.
 

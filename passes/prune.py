@@ -22,6 +22,7 @@ from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import damped
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.sweep import SweepStep
+from graphq.targets import Target
 
 
 @pass_options
@@ -52,8 +53,10 @@ class Prune(Pass):
         if self.n >= self.m:
             raise ValueError(f"n must be less than m, not {self.n} of {self.m}")
 
-    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+    def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
         nodes = []
         for node in _layer_rows.candidates(model):
             reason = _layer_rows.refusal(model, node, self.exclude) or self._refusal(node)

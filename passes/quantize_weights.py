@@ -49,7 +49,7 @@ class QuantizeWeights(Pass):
             raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
                               expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
         reasons = [self._format(node) for node in self._nodes(model)]
-        if self.tables and any(_tables.lookups(model)):
+        if self.tables and any(_tables.lookups(model, self.exclude)):
             return
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise TargetError(
@@ -75,7 +75,7 @@ class QuantizeWeights(Pass):
             error = weight - Uniform(spec).fake_quantize(weight, qdq.insert_weight(ctx.edit, node, spec))
             power, noise = (float(np.sum(part**2, dtype=np.float64)) for part in (weight, error))
             ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=spec.bits)
-        for node in list(_tables.lookups(model)) if self.tables else []:
+        for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
         ctx.edit.prune()
 

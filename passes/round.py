@@ -63,6 +63,7 @@ class Round(Pass):
     correct_bias: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
+        require_matches(model, self.exclude)
         if self.symmetric is False and target.symmetric_only:
             raise TargetError(
                 f"{target.name} refuses zero points other than 0.", where=f"pass {self.name}, symmetric: false",
@@ -73,7 +74,6 @@ class Round(Pass):
                 self._spec(bits, target)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        require_matches(model, self.exclude)
         formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
         opsets = [spec.opset for spec in formats if isinstance(spec, QuantSpec)]
         if opsets:

@@ -1,4 +1,4 @@
-"""tune: write float operators in the form that the target runs fastest. The function stays the same.
+"""tune: write float operators in the form that the target runs fastest. The function stays the same (`floored-mask`: on real scores).
 
 Which forms those are is the target's matter (`Target.forms`); each was found by profiling:
 
@@ -9,8 +9,8 @@ Which forms those are is the target's matter (`Target.forms`); each was found by
 - `split-projection`: queries, keys and values made by one matrix product, and cut apart behind it, get a product each.
 - `attention-bias`: biases of keys, which change nothing, and of values, which may join the bias behind attention, are no Adds.
 - `pooled-mean`: a mean over all positions becomes GlobalAveragePool, which can stay integer.
-- `floored-mask`: masked attention scores are cut at a floor far below all others. Their exponentials are subnormal numbers
-  otherwise, which make Softmax about ten times slower.
+- `floored-mask`: masked attention scores are cut at a floor far below all others seen in calibration. Their exponentials are
+  subnormal numbers otherwise, which make Softmax about ten times slower. Left out where calibration data is random.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Tune(Pass):
             for form, rewrite in _REWRITES.items():
                 if form in ctx.target.forms and not node.domain:
                     rewrite(ctx.edit, node)
-        masked = [node for node in model.graph if "floored-mask" in ctx.target.forms and _is_masked_softmax(node)]
+        floors = "floored-mask" in ctx.target.forms and ctx.calib.kind != "random"
+        masked = [node for node in model.graph if floors and _is_masked_softmax(node)]
         for node, floor in zip(masked, self._floors(model, masked, ctx), strict=True):
             if floor is None:
                 ctx.skip(node, "its rows lie too far apart for one floor under the masked scores")
@@ -85,8 +86,8 @@ def _sum_before_norm(edit: Editor, node: ir.Node) -> None:
 
 def _pooled_mean(edit: Editor, node: ir.Node) -> None:
     shape = ir.shape_of(node.inputs[0]) if node.inputs else None
-    if node.op_type != "ReduceMean" or shape is None or len(shape) < 3 or not ir.is_float(node.inputs[0]):
-        return
+    if node.op_type != "ReduceMean" or shape is None or len(shape) < 4 or not ir.is_float(node.inputs[0]):
+        return  # of rank 3 it may as well be that of a normalization over channels
     axes = ir.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if axes is None or sorted(int(axis) % len(shape) for axis in axes) != list(range(2, len(shape))):
         return

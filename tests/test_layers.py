@@ -1,4 +1,4 @@
-"""Imports point one way (DESIGN.md 3): cli -> convert, bench -> backends -> core <- passes, kernels, models.
+"""Imports point one way: cli -> convert, bench -> backends -> core <- passes, kernels, models.
 
 Read from the source, so that an import inside a function counts as well.
 """

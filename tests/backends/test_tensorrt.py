@@ -1,4 +1,4 @@
-"""What TensorRT takes and refuses (DESIGN.md 6), asked of the real parser and builder of TensorRT-RTX; no GPU is needed.
+"""What TensorRT takes and refuses, asked of the real parser and builder of TensorRT-RTX; no GPU is needed.
 
 Engines are built, never run or even loaded: loading one needs a GPU.
 """

@@ -18,6 +18,7 @@ from graphq.convert import convert
 from graphq.errors import DataError, GraphqError, ModelError, RecipeError, TargetError, UsageError, VerifyError
 from graphq.executor import Executor
 from graphq.gates import Gates
+from graphq.inspect import compare_files
 from graphq.models import digits, onnx_path
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -239,3 +240,17 @@ def test_wrong_calls_fail_before_any_work(
     with pytest.raises(error):
         convert(values.pop("model"), values.pop("out"), **values)
     assert names(folder) == {"model.onnx"}
+
+
+def test_the_result_remembers_its_preprocessing(folder: Path) -> None:
+    """Pixels are enough for whatever is done with it later."""
+    text = "g (float[N,3,8,8] x) => (float[] y) { f = Flatten(x) y = MatMul(f, w) }"
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    weight = np.random.default_rng(0).standard_normal((192, 64)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, folder / "pixels.onnx")
+    np.savez(folder / "pixels.npz", x=np.random.default_rng(1).integers(0, 256, (20, 8, 8, 3), np.uint8))
+    limits = {"min_speedup": None}
+    convert(folder / "pixels.onnx", folder / "out.onnx", calib=folder / "pixels.npz", preprocess="imagenet", limits=limits)
+    found, description = compare_files(folder / "out.onnx", folder / "out.onnx", folder / "pixels.npz")
+    assert found[0].sqnr_db == float("inf") and "imagenet" in description

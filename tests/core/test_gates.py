@@ -60,17 +60,18 @@ def test_a_measured_limit_on_speed_needs_no_note(tmp_path: Path, calib: dict[str
 
 
 def test_doubtful_calibration_is_noted(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
-    few = convert(CNN, tmp_path / "few.onnx", calib={"input": calib["input"][:3]}).notes
+    free: dict[str, float | None] = {"min_speedup": None, "min_cosine": None}
+    few = convert(CNN, tmp_path / "few.onnx", calib={"input": calib["input"][:3]}, limits=free).notes
     assert len(few) == 1 and "only 3 calibration samples" in few[0]
-    flat = convert(CNN, tmp_path / "flat.onnx", calib={"input": np.zeros_like(calib["input"])}, limits={"min_cosine": None}).notes
+    flat = convert(CNN, tmp_path / "flat.onnx", calib={"input": np.zeros_like(calib["input"])}, limits=free).notes
     assert len(flat) == 1 and "Input 'input' is 0 throughout" in flat[0]
-    one = convert(CNN, tmp_path / "one.onnx", calib={"input": calib["input"][:1]}).notes
+    one = convert(CNN, tmp_path / "one.onnx", calib={"input": calib["input"][:1]}, limits=free).notes
     assert len(one) == 1 and "verified on the same" in one[0]
 
 
 def test_limits_take_the_place_of_the_recipes(tmp_path: Path, calib: dict[str, np.ndarray]) -> None:
     with pytest.raises(VerifyError, match="min_sqnr_db is 200"):
-        convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_sqnr_db": 200.0})
+        convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None, "min_sqnr_db": 200.0})
     found = convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None, "max_size_ratio": None})
     assert [gate.name for gate in found.gates] == ["min_cosine"] and "min_speedup" not in found.recipe
     with pytest.raises(RecipeError, match="(?s)min_sped.*min_speedup"):
@@ -82,13 +83,13 @@ def test_a_refused_result_has_its_report(tmp_path: Path, calib: dict[str, np.nda
     (tmp_path / "out.onnx").write_text("an earlier result")
     for limits in ({"min_sqnr_db": 200.0}, {"max_size_ratio": 0.01}):
         with pytest.raises(VerifyError, match=r"(?s)--gate.*out.onnx is that of an earlier run") as caught:
-            convert(CNN, tmp_path / "out.onnx", calib=calib, limits=limits, report_dir=tmp_path)
+            convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None, **limits}, report_dir=tmp_path)
         found, aside = caught.value.report, tmp_path / "out.onnx.failed.onnx"
         assert found is not None and found.output.path == str(aside) and found.output.bytes == aside.stat().st_size
         assert [gate.name for gate in found.gates if not gate.passed] == list(limits)
         assert Report.from_json((tmp_path / "report.json").read_text()) == found
         assert read_embedded(ir.load(aside)).quantized == found.quantized
-    convert(CNN, tmp_path / "out.onnx", calib=calib)
+    convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None})
     assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "report.json"}
 
 

@@ -189,7 +189,7 @@ def test_params_are_float32() -> None:
         LogParams(0.1, 0.0, 1.0)  # type: ignore[arg-type]
 
 
-# ---- order of the quantizers (METHODS.md 8, T2) ---------------------------------------------------------------------
+# ---- order of the quantizers ---------------------------------------------------------------------
 
 
 @SEEDS

@@ -80,7 +80,7 @@ def ranks(values: list[float]) -> np.ndarray:
 
 
 def test_layers_are_ranked_as_their_measured_loss_ranks_them(found: Sensitivity, prepared: PassContext) -> None:
-    """Spearman correlation over 0.7 with the loss on test images (METHODS.md 4-6); the errors of layers' own outputs have less than 0.2."""
+    """Spearman correlation over 0.7 with the loss on test images; the errors of layers' own outputs have less than 0.2."""
     images = {"input": digits.images("test")[0][:64]}
     layers = [layer for layer in found.layers if layer.op_type == "MatMul"]
     measured = [sqnr(quantized_alone(prepared, layer.name), images, "logits") for layer in layers]

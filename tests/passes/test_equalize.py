@@ -311,7 +311,7 @@ def test_invariance_in_float64() -> None:
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_it_beats_rounding_without_it(bits: int) -> None:
-    """Its objective: the output error of layers whose weights and activations have one scale a tensor (METHODS.md 4-3)."""
+    """Its objective: the output error of layers whose weights and activations have one scale a tensor."""
     rng = np.random.default_rng(1)
     first, second = rng.standard_normal((1, 32, 16, 1)) * np.exp(rng.uniform(-2, 2, (1, 32, 1, 1))), rng.standard_normal((1, 8, 32, 1))
     x = rng.standard_normal((16, 500))

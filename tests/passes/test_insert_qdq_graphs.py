@@ -273,6 +273,28 @@ def test_masks_softmax_norms_and_tables_stay_untouched(
         assert np.isfinite(result).all() and sqnr(run(proto, feeds), result) > 28
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_table_that_two_nodes_read_is_stored_once(target: str, quantize: Quantize) -> None:
+    text = "g (int64[N, 6] ids) => (float[N, 6, 16] y) { e = Gather(words, ids) f = Gather(words, ids) h = Add(e, f) y = MatMul(h, w) }"
+    proto, feeds = build(text, words=floats(2000, 16), w=floats(16, 16)), {"ids": RNG.integers(0, 512, (32, 6))}
+    model, _ = quantize(proto, feeds, target)
+    assert [name for name in model.graph.initializers if name.startswith("words")].count("words_quantized") == 1
+    assert sum(len(ir.constant_shape(value)) == 2 for value in model.graph.initializers.values()) == 2
+    model, _ = quantize(proto, feeds, target, exclude=("Gather",))
+    assert "words" in model.graph.initializers
+
+
+def test_what_one_layer_keeps_float_does_not_bring_in_another(quantize: Quantize) -> None:
+    """r1 is too small to be rounded for z; that c2 stays float must not make it large enough."""
+    text = """g (float[N,8,16,16] x) => (float[] y, float[] z) {
+        r1 = Conv(x, w1) z = Sin(r1) c2 = Conv(x, w2) s2 = Relu(c2) c3 = Conv<pads=[1,1,1,1]>(s2, w3) y = Relu(c3) }"""
+    w2, x = floats(8, 8, 1, 1), floats(32, 8, 16, 16)
+    w2[:, 0] *= 1e-3
+    x[:, 0] *= 300
+    _, record = quantize(build(text, w1=floats(4, 8, 1, 1), w2=w2, w3=floats(8, 8, 3, 3)), {"x": x})
+    assert [reason.split(":")[0].split(" its")[0] for _, reason in record.skipped] == ["kept float", "onnxruntime would have to round"]
+
+
 @pytest.mark.parametrize("tables", [True, False])
 def test_large_tables_are_stored_in_8_bits(tables: bool, quantize: Quantize, run: Run, sqnr: Sqnr) -> None:
     """Word embeddings, yes; positions, no. Rows are looked up as codes."""

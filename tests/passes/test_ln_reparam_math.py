@@ -1,4 +1,4 @@
-"""The arithmetic of ln-reparam in float64, without a graph (METHODS.md 8, T3)."""
+"""The arithmetic of ln-reparam in float64, without a graph."""
 
 from __future__ import annotations
 

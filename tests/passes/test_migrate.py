@@ -125,6 +125,17 @@ agraph (float[batch, 32] x) => (float[batch, 24] y) {
 }"""
 
 
+@pytest.mark.parametrize("attribute", ["alpha = 0.5", "beta = 3.0"])
+def test_a_scaled_gemm_takes_no_shift(attribute: str) -> None:
+    rng, x = np.random.default_rng(1), inputs(4, (64, D)) + 3 * np.arange(1, D + 1, dtype=np.float32)
+    weights = {"w1": rng.standard_normal((WIDTH, D)).astype(np.float32), "b": rng.standard_normal(WIDTH).astype(np.float32)}
+    ctx = context(GEMM.replace("<transB = 1>", f"<transB = 1, {attribute}>"), weights, x)
+    before = outputs(ctx.model, x)[0]
+    run_passes([Migrate(shift=True, min_gain_mul_db=0.1, allow_no_effect=True)], ctx, verify_graph)
+    assert "Sub" not in types(ctx)
+    np.testing.assert_allclose(outputs(ctx.model, x)[0], before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+
+
 @pytest.mark.parametrize("rule", ["smoothquant", "gps"])
 @pytest.mark.parametrize(("text", "expected"), [(NORMED_GEMM, ["LayerNormalization", "Gemm"]), (GEMM, ["Gelu", "Sub", "Mul", "Gemm"])])
 def test_a_shift_goes_into_the_normalization_or_costs_a_sub(text: str, expected: list[str], rule: Literal["smoothquant", "gps"]) -> None:

@@ -1,4 +1,4 @@
-"""The integer program of mixed-precision: the best choice there is, against brute force (METHODS.md T12)."""
+"""The integer program of mixed-precision: the best choice there is, against brute force."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from graphq import ir
-from graphq.calibration import open_calibration
+from graphq.calibration import open_calibration, random_calibration
 from graphq.passes import _tune_math as math
 from graphq.passes.normalize import Normalize
 from graphq.passes.tune import Tune
@@ -128,6 +128,11 @@ def test_other_means_are_left_alone(axes: list[int]) -> None:
     assert operators(tuned(text, feeds, axes=np.array(axes))[1]) == ["ReduceMean"]
 
 
+def test_the_mean_of_a_normalization_over_channels_is_not_pooled() -> None:
+    text = "g (float[N,3,4] x, int64[1] axes) => (float[N,3,1] y) { y = ReduceMean<keepdims=1>(x, axes) }"
+    assert operators(tuned(text, {"x": np.ones((2, 3, 4), np.float32)}, axes=np.array([-1]))[1]) == ["ReduceMean"]
+
+
 # ---- floored-mask ---------------------------------------------------------------------------------------------------
 
 MASKED = """g (float[N,6,6] scores, float[N,1,6] keep) => (float[N,6,6] y) {{
@@ -168,6 +173,14 @@ def test_rows_that_lie_too_far_apart_are_refused() -> None:
     feeds["scores"][0] += 60
     _, after, record = tuned(MASKED.format(huge="-10000.0"), feeds)
     assert "Clip" not in operators(after) and "too far apart" in record.skipped[0][1]
+
+
+def test_random_scores_give_no_floor() -> None:
+    model = ir.from_onnx_text(HEAD + MASKED.format(huge="-1e38"))
+    data = random_calibration(ir.inputs(model), 8)
+    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("onnxruntime"))
+    run_passes([Normalize(), Tune()], ctx, verify_graph)
+    assert "Clip" not in operators(model)
 
 
 def test_no_unmasked_score_no_floor() -> None:

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 CONSTANTS: dict[str, np.ndarray] = {
     **{f"w{part}": RNG.standard_normal((C, C)).astype(np.float32) / 2 for part in "qkvo"},
     **{f"b{part}": RNG.standard_normal(C).astype(np.float32) for part in "qkvo"},
-    "heads": np.array([0, 0, H, D]), "back": np.array([0, 0, C]), "flat": np.array([-1, C]),
+    "heads": np.array([0, 0, H, D]), "back": np.array([0, 0, C]), "flat": np.array([-1, C]), "turned": np.array([C, -1]),
     "half": np.array(0.5, np.float32), "two": np.array([2], np.float32),
     "mask": np.where(np.arange(T) < 3, 0, -1e4).astype(np.float32), "slope": RNG.standard_normal((1, T)).astype(np.float32),
 }  # fmt: skip
@@ -47,6 +47,10 @@ KEYS_ONLY = {
     "attention is changed": BOTH["plain"].replace("MatMul(p, tv)", "MatMul(u, tv)").replace(" o =", " u = Mul(p, half) o ="),
     "attention is read twice": BOTH["plain"].replace("MatMul(p, tv)", "MatMul(u, tv)").replace(" o =", " n = Neg(p) u = Add(p, n) o ="),
 }
+KEYS_ONLY |= {
+    "the Gemm behind is scaled": BOTH["the last is a Gemm"].replace("Gemm(", "Gemm<alpha = 0.5>("),
+    "the Gemm behind is transposed": BOTH["the last is a Gemm"].replace("Gemm(", "Gemm<transA = 1>(").replace("flat)", "turned)"),
+}
 VALUES_ONLY = {
     "keys pass a Relu": BOTH["plain"].replace("MatMul(tq, tk)", "MatMul(tq, u)").replace(" s =", " u = Relu(tk) s ="),
     "keys differ by position": BOTH["plain"].replace("MatMul(tq, tk)", "MatMul(tq, u)").replace(" s =", " u = Mul(tk, slope) s ="),
@@ -61,11 +65,14 @@ NONE = {
     "the biases are no constants": BOTH["plain"].replace("Add(mk, bk)", "Add(mk, x)").replace("Add(mv, bv)", "Add(mv, x)"),
 }  # fmt: skip
 
-def rewrite(body: str) -> tuple[ir.Model, ir.Model]:
-    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> g (float[N,{T},{C}] x) => (float[] y) {{ {body} }}')
+def rewrite(body: str, also: str = "") -> tuple[ir.Model, ir.Model]:
+    """The model before and after; `also` is an inner value that it returns, too."""
+    ends = f"(float[] y, float[] {also})" if also else "(float[] y)"
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> g (float[N,{T},{C}] x) => {ends} {{ {body} }}')
     used = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in CONSTANTS.items() if name in used)
-    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
     model = ir.onnx_ir.from_proto(ir.onnx.shape_inference.infer_shapes(proto))
     after = ir.clone(model)
     edit = Editor(after)
@@ -91,6 +98,15 @@ def test_the_function_stays_without_the_adds(body: str, left: set[str]) -> None:
     x = RNG.standard_normal((2, T, C)).astype(np.float32)
     old, new = (ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})[0] for model in (before, after))
     np.testing.assert_allclose(new, old, atol=2e-6 * np.abs(old).max())
+
+
+@pytest.mark.parametrize(("value", "left"), [("ob", {"bv"}), ("tk", {"bk"}), ("s", {"bk"}), ("tv", {"bv"}), ("p", set())])
+def test_what_the_model_returns_keeps_its_value(value: str, left: set[str]) -> None:
+    before, after = rewrite(BOTH["plain"], also=value)
+    assert added(after) == left and [out.name for out in after.graph.outputs] == ["y", value]
+    x = RNG.standard_normal((2, T, C)).astype(np.float32)
+    for old, new in zip(*(ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x}) for model in (before, after)), strict=True):
+        np.testing.assert_allclose(new, old, atol=2e-6 * np.abs(old).max())
 
 
 @pytest.mark.parametrize("body", NONE.values(), ids=NONE)
