@@ -88,9 +88,8 @@ class Prune(Pass):
         ctx.edit.set_weight(node, linear.LINEAR_OPS[node.op_type].weight, layer.stored(kept[None]))
         sums = sums.moved((kept - weight)[None])
         if shifts:
-            mean = sums.lack / max(sums.count, 1)
-            sums = sums.moved(np.zeros((1, *weight.shape)), mean)
-            _bias.shift(ctx.edit, node, mean.reshape(-1))
+            _bias.shift(ctx.edit, node, sums.mean_lack.reshape(-1))
+            sums = sums.moved(np.zeros((1, *weight.shape)), sums.mean_lack)
         ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square))
 
 
