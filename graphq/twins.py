@@ -49,12 +49,14 @@ class LayerError:
         power: Sum of the squares of the float output, in the same way.
         shift: Mean difference of each output channel, float64 of shape (channels,); None if the output's rank is unknown, or 1.
         rows: Positions that the mean was taken over.
+        trust: What to multiply `shift` by for the least squared error on other samples, 0 to 1; 1 if it cannot be told.
     """
 
     noise: float
     power: float
     shift: np.ndarray | None
     rows: int
+    trust: float = 1.0
 
     @property
     def relative(self) -> float:
@@ -277,8 +279,24 @@ class _Probe:
 def _layer_error(found: Mapping[str, list[np.ndarray]], sums: _Sums) -> LayerError:
     error, power = (np.concatenate([array.reshape(-1) for array in found[name]]) for name in (sums.noise, sums.power))
     weights = noise.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
-    shift = np.sum(found[sums.shift], axis=0) if sums.shift else None
-    rows = int(np.sum(found[sums.size])) // (1 if shift is None else max(shift.size, 1))
     with np.errstate(invalid="ignore"):  # NaN is an answer, too
         error, power = error @ weights, power @ weights
-    return LayerError(float(error), float(power), None if shift is None else shift / max(rows, 1), rows)
+    if not sums.shift:
+        return LayerError(float(error), float(power), None, int(np.sum(found[sums.size])))
+    totals = np.array(found[sums.shift])
+    rows = np.array([int(size) // max(totals.shape[1], 1) for size in found[sums.size]])
+    return LayerError(float(error), float(power), totals.sum(0) / max(rows.sum(), 1), int(rows.sum()), _trust(totals, rows))
+
+
+def _trust(totals: np.ndarray, rows: np.ndarray) -> float:
+    """How far the means of the batches agree: `1 - variance of their mean / its square`, over all channels (James and Stein).
+
+    Args:
+        totals: Sum of each channel in each batch, float64 [batches, channels].
+        rows: Positions of each batch.
+    """
+    if len(rows) < 2 or not rows.all():
+        return 1.0
+    means, mean = totals / rows[:, None], totals.sum(0) / rows.sum()
+    variance = np.mean((means - mean) ** 2) / (len(rows) - 1)
+    return float(max(0.0, 1 - variance / max(float(np.mean(mean**2)), 1e-30)))

@@ -111,7 +111,7 @@ class _Sums:
 
 
 def measure_latency(reference: Executor, result: Executor, feeds: Feeds, *, enough: float = 1.0, seconds: float = 3.0) -> Latency:
-    """Latency of two models, run in turn: the fastest run of each, since other load on the machine only ever adds.
+    """Latency of two models, run in turn: the fastest run of each, since other load (and warming up) only ever adds.
 
     A few rounds if the speed-up reaches `enough`; rounds for up to `seconds` before it is said not to.
     """
@@ -119,12 +119,11 @@ def measure_latency(reference: Executor, result: Executor, feeds: Feeds, *, enou
 
     fastest = [float("inf"), float("inf")]
     started, rounds = time.perf_counter(), 0
-    while rounds <= ROUNDS or time.perf_counter() - started < (SECONDS if fastest[0] >= enough * fastest[1] else seconds):
+    while rounds < ROUNDS or time.perf_counter() - started < (SECONDS if fastest[0] >= enough * fastest[1] else seconds):
         for index, executor in enumerate((reference, result)):
             before = time.perf_counter()
             executor.run(feeds)
-            if rounds:  # the first warms up
-                fastest[index] = min(fastest[index], (time.perf_counter() - before) * 1e3)
+            fastest[index] = min(fastest[index], (time.perf_counter() - before) * 1e3)
         rounds += 1
     first, second = fastest
     return Latency(len(next(iter(feeds.values()))), first, second, first / second, f"onnxruntime {version} CPU", reference.threads)

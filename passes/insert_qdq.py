@@ -42,7 +42,7 @@ class InsertQdq(Pass):
         min_sqnr_db: A layer whose own output error is worse than this stays float.
         float_budget: Share of the multiply-adds that may stay float for that reason; the worst layers go first.
         error_samples: Calibration samples for measuring layer errors; 0 measures nothing.
-        correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721).
+        correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721), as far as samples agree on it.
         activation_bits: Width of activations, where no pass before asked for another (`mixed-precision`).
         weight_bits: The same for weights.
         weights: Whether to quantize weights too; without it a later `round` does.
@@ -174,7 +174,7 @@ def _correct(plan: Placement, errors: Mapping[ir.Node, LayerError], ctx: PassCon
     for node in plan.anchors:
         error = errors.get(node)
         if error is not None and error.shift is not None and error.rows >= ENOUGH_ROWS and _bias.can_shift(node):
-            _bias.shift(ctx.edit, node, -error.shift)
+            _bias.shift(ctx.edit, node, -error.trust * error.shift)
 
 
 def _takes_int32_bias(node: ir.Node) -> bool:

@@ -7,7 +7,8 @@ costs one element-wise Mul (and a shift a Sub).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -15,12 +16,24 @@ from pydantic import Field
 
 from graphq import ir, linear
 from graphq.exclude import require_matches
+from graphq.executor import run_ahead
 from graphq.noise import decibel
 from graphq.observers import ChannelRange, Range, Rows, Stat, range_stat
 from graphq.passes import _bias, _placement, _scaling
 from graphq.passes import _migrate_math as math
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search found for one activation: its range by channel, the factor, the shift and what they gain."""
+
+    low: np.ndarray
+    high: np.ndarray
+    k: np.ndarray
+    c: np.ndarray
+    gain_db: float
 
 
 @pass_options
@@ -63,36 +76,39 @@ class Migrate(Pass):
         observers = {value: (ChannelRange(value.name or "", -1), Rows(value.name or "")) for value in layers}
         stats = ctx.observe(one for pair in observers.values() for one in pair)
         ranges = dict[ir.Value, tuple[float, float]]()
-        for value, nodes in layers.items():
-            seen, rows = (stats[observer] for observer in observers[value])
-            layer = self._layer(nodes, seen, rows, ctx.target)
-            ranges[value] = math.scaled_range(layer.low, layer.high, np.ones(len(layer.low)))
-            plain = layer.noise(np.ones(len(layer.low), np.float32))
-            k, noise = math.best(layer, self.rule, self.alphas)
-            c = np.zeros(len(layer.low))
-            if self.shift and all(map(_bias.takes_data_shift, nodes)):
-                middle = (layer.low + layer.high) / 2
-                shifted_k, shifted_noise = math.best(layer.shifted(middle), self.rule, self.alphas)
-                if shifted_noise < noise:
-                    k, noise, c = shifted_k, shifted_noise, middle
-            gain, folds = decibel(plain, noise), _scaling.can_fold(value, nodes, shift=bool(c.any()), exclude=self.exclude)
-            if gain < (self.min_gain_db if folds else self.min_gain_mul_db):
+        seen = {value: [stats[observer] for observer in pair] for value, pair in observers.items()}
+        jobs = (partial(self._search, nodes, seen[value][0], seen[value][1], ctx.target) for value, nodes in layers.items())
+        for (value, nodes), found in zip(layers.items(), run_ahead(jobs), strict=True):
+            k, c, name = found.k, found.c, value.name or ""
+            ranges[value] = math.scaled_range(found.low, found.high, np.ones(len(k)))
+            folds = _scaling.can_fold(value, nodes, shift=bool(c.any()), exclude=self.exclude)
+            if found.gain_db < (self.min_gain_db if folds else self.min_gain_mul_db):
                 continue
             for node in nodes if c.any() else ():
                 _bias.shift(ctx.edit, node, c @ _scaling.matrix(node).astype(np.float64))
             for node in nodes:
                 _scaling.multiply(ctx.edit, node, k)
-            name, moved = value.name or "", _scaling.divide(ctx.edit, value, nodes, k, c, exclude=self.exclude)
-            ranges[moved] = math.scaled_range(layer.low - c, layer.high - c, k)
-            ctx.measure(name, gain_db=gain, folded=folds, shifted=bool(c.any()))
+            moved = _scaling.divide(ctx.edit, value, nodes, k, c, exclude=self.exclude)
+            ranges[moved] = math.scaled_range(found.low - c, found.high - c, k)
+            ctx.measure(name, gain_db=found.gain_db, folded=folds, shifted=bool(c.any()))
         for value, (least, most) in ranges.items():
             ctx.assume(Range(value.name or ""), range_stat(least, most, 1, 0))
 
-    def _layer(self, nodes: list[ir.Node], seen: Stat, rows: Stat, target: Target) -> math.Layer:
+    def _search(self, nodes: list[ir.Node], seen: Stat, rows: Stat, target: Target) -> _Found:
+        """The best factor for what `nodes` read; changes nothing, so that several searches run at a time."""
         low, high = (np.asarray(seen[end], np.float64) for end in ("low", "high"))
         weight = np.concatenate([_scaling.matrix(node) for node in nodes], axis=1)
         activation = replace(target.activation, symmetric=False, bits=self.activation_bits)
-        return math.Layer(rows["rows"][: self.rows], weight, low, high, activation, self.weight_bits)
+        layer = math.Layer(rows["rows"][: self.rows], weight, low, high, activation, self.weight_bits)
+        plain = layer.noise(np.ones(len(low), np.float32))
+        k, noise = math.best(layer, self.rule, self.alphas)
+        c = np.zeros(len(low))
+        if self.shift and all(map(_bias.takes_data_shift, nodes)):
+            middle = (low + high) / 2
+            shifted_k, shifted_noise = math.best(layer.shifted(middle), self.rule, self.alphas)
+            if shifted_noise < noise:
+                k, noise, c = shifted_k, shifted_noise, middle
+        return _Found(low, high, k, c, decibel(plain, noise))
 
     def _layers(self, model: ir.Model, target: Target) -> dict[ir.Value, list[ir.Node]]:
         """MatMul and Gemm layers by the activation they share, if they do most of the model's work."""

@@ -139,3 +139,17 @@ def test_dead_layers_have_no_error() -> None:
     model = build("g (float[N, 8] x) => (float[] y) { [fc] y = MatMul(x, w) }", w=np.zeros((8, 4), np.float32))
     error = measure(model, data(model, x=floats(SAMPLES, 8)))["fc"]
     assert error.sqnr_db == float("inf") and error.shift is not None and not error.shift.any()
+
+
+@pytest.mark.parametrize(("common", "low", "high"), [(0.0, 0.0, 0.4), (10.0, 0.95, 1.0)])
+def test_trust_is_what_batches_agree_on(common: float, low: float, high: float) -> None:
+    """Means that differ from batch to batch as much as from zero are noise; shrunk by it, they predict other samples best."""
+    rng = np.random.default_rng(0)
+    truth = common * rng.standard_normal(64)
+    rows = np.array([4, 4, 2, 4])
+    totals = rows[:, None] * truth + np.sqrt(rows)[:, None] * rng.standard_normal((4, 64))
+    trust, mean = twins._trust(totals, rows), totals.sum(0) / rows.sum()
+    assert low <= trust <= high
+    losses = {factor: float(np.mean((factor * mean - truth) ** 2)) for factor in (trust, 0.0, 1.0, (1 + trust) / 2)}
+    assert losses[trust] <= 1.02 * min(losses[1.0], losses[(1 + trust) / 2])
+    assert twins._trust(totals[:1], rows[:1]) == 1

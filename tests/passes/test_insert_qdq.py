@@ -169,7 +169,7 @@ def test_mse_beats_min_max_on_heavy_tails(target: str, quantize: Quantize, run: 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_correct_bias_lowers_the_mean_error(target: str, quantize: Quantize, run: Run) -> None:
-    """Positive inputs and a coarse weight give every channel a mean error; it is gone for the data it was measured on."""
+    """Positive inputs and a coarse weight give every channel a mean error; what the samples agree on is gone."""
     x, proto = np.abs(floats(512, 16)) ** 3, one_layer(b=floats(8))
     reference = run(proto, {"x": x})
     shifts = {}
@@ -177,7 +177,7 @@ def test_correct_bias_lowers_the_mean_error(target: str, quantize: Quantize, run
         options = {"correct_bias": correct, "error_samples": 512, "float_budget": 0, "center": False, "per_channel": False}
         model, _ = quantize(proto, {"x": x}, target, **options)
         shifts[correct] = np.abs((run(model, {"x": x}) - reference).mean(0, dtype=np.float64)).max()
-    assert shifts[True] < 1e-4 * shifts[False]
+    assert shifts[True] < 0.1 * shifts[False]
 
 
 def test_correct_bias_needs_enough_rows(quantize: Quantize) -> None:
