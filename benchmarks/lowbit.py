@@ -120,19 +120,30 @@ def measure(job: tuple[str, str, str, str], calib: int, extra: bool) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--only", default="*", help="pattern of '<model> <bits> <what>'")
+    parser.add_argument("--only", default="*", help="pattern of '<model> <bits> <what>'; other rows of an earlier run stay in the tables")
     parser.add_argument("--calib", type=int, default=256)
     parser.add_argument("--extra", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, which share the cores: seconds are those then")
     arguments = parser.parse_args()
-    chosen = [row for row in ROWS if fnmatch.fnmatchcase(" ".join(row[:3]), arguments.only)]
-    chosen = [(model, "float32", "", "") for model in dict.fromkeys(row[0] for row in chosen)] + chosen
-    rows: list[dict[str, Any]] = []
+    models = dict.fromkeys(row[0] for row in ROWS)
+    jobs = [job for model in models for job in [(model, "float32", "", ""), *(row for row in ROWS if row[0] == model)]]
+    chosen = [job for job in jobs if fnmatch.fnmatchcase(" ".join(job[:3]), arguments.only)]
+    found = {} if arguments.only == "*" else earlier(arguments.out / "lowbit.csv")
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for row in pool.map(partial(measure, calib=arguments.calib, extra=arguments.extra), chosen):
-            rows.append(row)
+            found[row["model"], row["bits"], row["what"]] = row
             print(row, flush=True)
-            write(sorted(rows, key=lambda row: [model for model, *_ in chosen].index(row["model"])), len(chosen), arguments)
+            write([found[job[:3]] for job in jobs if job[:3] in found], len(jobs), arguments)
+
+
+def earlier(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows that an earlier run wrote, by model, bits and ingredients."""
+    if not file.exists():
+        return {}
+    names = ("model", "bits", "what")
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [{key: text if key in names else float(text) for key, text in row.items() if text} for row in csv.DictReader(lines)]
+    return {(row["model"], row["bits"], row.get("what", "")): row for row in rows}
 
 
 def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace) -> None:
@@ -151,12 +162,14 @@ def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace)
     def cell(row: dict[str, Any], key: str) -> str:
         return "" if row.get(key) is None else format(row[key], digits.get(key, ""))
 
+    again = "" if arguments.only == "*" else f" The rows `{arguments.only}` are of this run, the others of an earlier one."
     lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row, key) for key in columns) + " |" for row in rows]
     head = [
         "# Low-bit recipes, ingredient by ingredient", "",
         f"`python benchmarks/lowbit.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
-        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images. {len(rows)} of {total} rows.", "",
+        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images.",
+        f"{len(rows)} of {total} rows.{again}", "",
     ]  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "lowbit.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
