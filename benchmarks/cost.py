@@ -264,6 +264,8 @@ def main() -> int:
         print(f"cost.py: no models: {missing[0]} is missing; the part `ranges` needs it (or give --parts chain,io)", file=sys.stderr)
         return 2
     head, rows = header(ask("versions"), os.getloadavg()[0]), list[Row]()
+    if options.tmp is not None:
+        options.tmp.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="graphq-cost-", dir=options.tmp) as name:
         for index, part in enumerate(options.parts):
             rows += PARTS[part](Path(name), options.rounds)

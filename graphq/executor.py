@@ -66,11 +66,12 @@ class Executor:
         feeds: Element type by value name, for the values that are fed when `nodes` is given.
         deployed: Full optimization with integer kernels, as at the user's, instead of exact ONNX semantics.
         threads: Intra-op threads; 0 leaves it to the runtime.
+        prepack: Whether weights are laid out for speed first, which does not pay for a few runs.
         optimized_path: Where ONNX Runtime shall write its own optimized graph.
     """
 
     def __init__(self, model: ir.Model, fetches: Sequence[Fetch] | None = None, *, nodes: Sequence[ir.Node] | None = None,
-                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0,
+                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0, prepack: bool = True,
                  optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
@@ -80,7 +81,7 @@ class Executor:
         values = {} if all(fetch.view == "whole" for fetch in self.fetches) else ir.values_by_name(model.graph)
         _add_views(proto, self.fetches, {fetch.value: values.get(fetch.value) for fetch in self.fetches if fetch.view != "whole"})
         self.threads = threads or os.cpu_count() or 1
-        self._session = _session(proto, weights, deployed=deployed, threads=threads, optimized_path=optimized_path)
+        self._session = _session(proto, weights, deployed, threads, prepack, optimized_path)
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def run(self, feeds: Feeds) -> list[np.ndarray]:
@@ -121,7 +122,9 @@ def _with_zero(extrema: np.ndarray) -> np.ndarray:
     return np.array([np.minimum(extrema[0], 0), np.maximum(extrema[1], 0)], extrema.dtype)
 
 
-def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deployed: bool, threads: int, optimized_path: str | None) -> Any:
+def _session(
+    proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], deployed: bool, threads: int, prepack: bool, optimized_path: str | None
+) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -132,6 +135,8 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], *, deplo
         options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = optimized_path
     present = {entry.name for entry in proto.graph.initializer}

@@ -211,7 +211,7 @@ class Pass(ABC):
 def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None]) -> list[PassRecord]:
     """Apply `passes` in order, verify after each, and return one record a pass.
 
-    As long as they keep the function, the reference follows the model. Before the first that reads data or changes the
+    The reference is the model as the passes that keep the function left it. Before the first that reads data or changes the
     function, all that are left may refuse the target: nothing has been calibrated then.
 
     Raises:
@@ -219,7 +219,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         TargetError: a pass cannot write for the target.
         VerifyError: the graph is not valid after a pass.
     """
-    records, exact, asked = [], True, 0
+    records, exact, stale, asked = [], True, False, 0
     for index, one in enumerate(passes):
         ctx.progress(one.name, index, len(passes))
         # What only rewrites floats may make the rest possible; before anything else, all that are left are asked.
@@ -228,6 +228,9 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
             later.precheck(ctx.model, ctx.target)
         asked = max(asked, end)
         exact = exact and one.keeps_function
+        if stale and not exact:
+            ctx.rebase()
+            stale = False
         ctx.measurements, ctx.skipped = [], []
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
@@ -245,8 +248,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
                 expected="at least one node that it applies to",
                 hint=f"{_reasons(ctx.skipped)}take the pass out of the recipe, or set allow_no_effect: true",
             )  # fmt: skip
-        if exact and edits:
-            ctx.rebase()
+        stale = stale or (exact and bool(edits))
         seconds = time.perf_counter() - started
         records.append(PassRecord(one.name, changed_options(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
     return records

@@ -21,6 +21,9 @@ from graphq.pipeline import Progress, no_progress
 from graphq.quantizers import Format, Uniform
 from graphq.spec import QuantSpec
 
+FEW_RUNS = 4
+"""Batches for which a session is not worth preparing."""
+
 TWINS_AT_ONCE = 16
 """Twins whose errors `effects` holds in memory at a time."""
 
@@ -266,9 +269,9 @@ class _Probe:
     def run(self, data: CalibrationSet, progress: Progress) -> list[LayerError]:
         """The sums over all of `data`, in the order they were asked for."""
         fetches = list(self._reduced.values())
-        executor = Executor(self.model, [Fetch(name) for name in fetches], threads=THREADS)
-        found: dict[str, list[np.ndarray]] = {name: [] for name in fetches}
         size = data.fixed_batch or BATCH // WORKERS
+        executor = Executor(self.model, [Fetch(name) for name in fetches], threads=THREADS, prepack=len(data) > FEW_RUNS * size)
+        found: dict[str, list[np.ndarray]] = {name: [] for name in fetches}
         for index, arrays in enumerate(executor.stream(data.batches(size))):
             for name, array in zip(fetches, arrays, strict=True):
                 found[name].append(array.astype(np.float64))

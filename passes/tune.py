@@ -72,7 +72,7 @@ class Tune(Pass):
         probe = ir.clone(model)
         edit, twins = Editor(probe), {node.name: node for node in probe.graph}
         fetches = [Fetch(_row_maxima(edit, twins[node.name])) for node in nodes]
-        runs = list(Executor(probe, fetches, threads=THREADS).stream(ctx.calib.take(self.samples).batches(BATCH // WORKERS)))
+        runs = list(Executor(probe, fetches, threads=THREADS, prepack=False).stream(ctx.calib.take(self.samples).batches(BATCH // WORKERS)))
         return [math.floor_for(np.concatenate([maxima.reshape(-1) for maxima in arrays])) for arrays in zip(*runs, strict=True)]
 
 
