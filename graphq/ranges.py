@@ -112,7 +112,7 @@ class Entropy:
     last), geometric from where a level is as wide as a bin, up to min-max.
     """
 
-    candidates: int = 128
+    candidates: int = 96
 
     def observer(self, value: str, source: Source = "current") -> Observer:
         return Histogram(value, source, bins=8192)  # At least 2048 for |x|, as in the talk.
