@@ -130,8 +130,8 @@ def _session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4 if not deployed else 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # another session may be about to run
     if not deployed:
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # another session may be about to run
         options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

@@ -251,6 +251,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         stale = stale or (exact and bool(edits))
         seconds = time.perf_counter() - started
         records.append(PassRecord(one.name, changed_options(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
+    if stale:
+        ctx.rebase()
     return records
 
 
