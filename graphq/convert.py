@@ -33,6 +33,9 @@ HELD_OUT = 8
 FEW = 16
 """Calibration samples that raise no doubt."""
 
+TINY = 1 << 20
+"""Parameters of models that run for less than a millisecond, where waking up threads shows."""
+
 Emit = Literal["onnx", "engine"]
 
 
@@ -160,15 +163,15 @@ def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) ->
 
 def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path) -> Measured:
     """Run the original and the result as the user will run them, on samples that no statistic has seen."""
-    deployed = ctx.target.measures_speed
+    deployed, spin = ctx.target.measures_speed, report.parameters(original) < TINY
     names = [value.name or "" for value in original.graph.outputs]
     ctx.progress("verify", 0, 3)
     try:
         with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
             optimized = Path(folder) / "optimized.onnx"
-            result = Executor(ctx.model, deployed=deployed, optimized_path=str(optimized) if deployed else None)
+            result = Executor(ctx.model, deployed=deployed, spin=spin, optimized_path=str(optimized) if deployed else None)
             kernels = kernels_used.read_optimized(optimized, ctx.model).counts if deployed else {}
-        reference = Executor(original, deployed=deployed)
+        reference = Executor(original, deployed=deployed, spin=spin)
         comparison = verify.compare(reference, result, ctx.held_out, names)
     except ModelError as error:
         list(Executor(original, deployed=deployed).stream(ctx.held_out.batches(1)))  # raises if the fault is the original's

@@ -66,13 +66,14 @@ class Executor:
         feeds: Element type by value name, for the values that are fed when `nodes` is given.
         deployed: Full optimization with integer kernels, as at the user's, instead of exact ONNX semantics.
         threads: Intra-op threads; 0 leaves it to the runtime.
+        spin: Whether threads stay awake between runs, as a user's do: whatever else runs is slower then, tiny models are faster.
         prepack: Whether weights are laid out for speed first, which does not pay for a few runs.
         optimized_path: Where ONNX Runtime shall write its own optimized graph.
     """
 
     def __init__(self, model: ir.Model, fetches: Sequence[Fetch] | None = None, *, nodes: Sequence[ir.Node] | None = None,
-                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0, prepack: bool = True,
-                 optimized_path: str | None = None) -> None:  # fmt: skip
+                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0, spin: bool = False,
+                 prepack: bool = True, optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
             proto, weights = ir.light_proto(model)
@@ -81,7 +82,7 @@ class Executor:
         values = {} if all(fetch.view == "whole" for fetch in self.fetches) else ir.values_by_name(model.graph)
         _add_views(proto, self.fetches, {fetch.value: values.get(fetch.value) for fetch in self.fetches if fetch.view != "whole"})
         self.threads = threads or os.cpu_count() or 1
-        self._session = _session(proto, weights, deployed, threads, prepack, optimized_path)
+        self._session = _session(proto, weights, deployed, threads, prepack, spin, optimized_path)
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def run(self, feeds: Feeds) -> list[np.ndarray]:
@@ -122,16 +123,16 @@ def _with_zero(extrema: np.ndarray) -> np.ndarray:
     return np.array([np.minimum(extrema[0], 0), np.maximum(extrema[1], 0)], extrema.dtype)
 
 
-def _session(
-    proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], deployed: bool, threads: int, prepack: bool, optimized_path: str | None
-) -> Any:
+def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], deployed: bool, threads: int, prepack: bool, spin: bool,
+             optimized_path: str | None) -> Any:  # fmt: skip
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4 if not deployed else 3
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not deployed:
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # another session may be about to run
         options.enable_mem_pattern = False  # it would plan a second arena after the first run
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
