@@ -6,11 +6,9 @@
   that ran, in units of a float forward pass over the same samples: once when only the current model is read, once when the
   reference's outputs are read as well; and the wall time of the same.
 - memory: the same sweep over 12 blocks with several memory budgets: what it holds, what it spills, and the peak RSS.
-- seconds: the passes of the recipe w4a4-vit on ViT-Tiny; the search for the scales of its layers' inputs; and rounding all its
-  weights by each algorithm, from sums that are there.
+- seconds: the recipe w4a4-vit on ViT-Tiny; the search for the scales of its layers' inputs; rounding all its weights.
 
-Every measurement has a process of its own. Results: <out>/sweep.md, sweep.csv and sweep.svg. The part `seconds` needs the shared
-assets and is left out where they are not.
+Each has a process of its own. Results: <out>/sweep.md, .csv and .svg. `seconds` is left out where the shared assets are not.
 """
 
 from __future__ import annotations
@@ -81,8 +79,7 @@ def transformer(blocks: int) -> Any:
         last = node("Add", [last, linear(flat, WIDTH, WIDTH, f"proj_{b}")], f"residual1_{b}")
         hidden = node("Gelu", [linear(norm(last, f"norm2_{b}"), WIDTH, 4 * WIDTH, f"fc1_{b}")], f"gelu_{b}")
         last = node("Add", [last, linear(hidden, 4 * WIDTH, WIDTH, f"fc2_{b}")], f"residual2_{b}")
-    shape = ["N", TOKENS, WIDTH]
-    ends = [[helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)] for name in ("x", last)]
+    ends = [[helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", TOKENS, WIDTH])] for name in ("x", last)]
     graph = helper.make_graph(nodes, "vit", *ends, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return onnx.shape_inference.infer_shapes(model)
@@ -267,10 +264,7 @@ def memory_table(rows: list[Row]) -> list[str]:
 
 def markdown(rows: list[Row], head: list[str]) -> str:
     lines = ["# What a sweep costs", "", *(f"- {line}" for line in head), "", "## Work against depth", ""]
-    lines += [
-        f"Multiply-adds of all nodes that ran, in float forward passes over the same {SAMPLES} samples (bar: {BAR}, at any depth).",
-        "",
-    ]
+    lines += [f"Multiply-adds of all nodes that ran, in float forward passes over {SAMPLES} samples (bar: {BAR}, at any depth).", ""]
     lines += [*work_table(rows), "", "![work against depth](sweep.svg)", "", "## Memory against its budget, 12 blocks", ""]
     lines += ["The budget covers what the sweep holds between stops; ONNX Runtime and the imports come on top.", "", *memory_table(rows)]
     if recipe := chosen(rows, "recipe"):
@@ -297,8 +291,8 @@ def plot(rows: list[Row]) -> str:
     def y(work: float) -> float:
         return height - bottom - (height - bottom - 20) * work / top
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="white"/>']  # fmt: skip
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">']
+    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
     for tick in (0, 1, 2, 3):
         parts.append(f'<line x1="{left}" x2="{x(24)}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick}</text>')
@@ -321,11 +315,10 @@ def header() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return [
-        f"command: {shlex.join(['.venv/bin/python', *sys.argv])}",
-        f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; CPU: {names[0] if names else platform.processor()}, "
-        f"{os.cpu_count()} cores; load average at the start: {os.getloadavg()[0]:.1f}",
-    ]
+    cpu, load = names[0] if names else platform.processor(), os.getloadavg()[0]
+    machine = f"CPU: {cpu}, {os.cpu_count()} cores; load average at the start: {load:.1f}"
+    date = f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; {machine}"
+    return [f"command: {shlex.join(['.venv/bin/python', *sys.argv])}", date]
 
 
 def write(rows: list[Row], head: list[str], folder: Path) -> None:
@@ -347,8 +340,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of sweep.md, sweep.csv and sweep.svg")
     parser.add_argument("--images", type=int, default=256, help="calibration images of the part `seconds`")
     options = parser.parse_args()
-    head = header()
-    rows = measure(options.images)
+    head, rows = header(), measure(options.images)
     write(rows, head, options.out)
     print(markdown(rows, head))
     return 0

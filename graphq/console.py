@@ -166,7 +166,7 @@ def comparisons(found: Sequence[OutputComparison], samples: int = 0) -> None:
     rows = [(one.name, decibel(one.sqnr_db), f"{one.cosine:.6f}", f"{one.max_abs:.4g}", share(one.top1_agreement)) for one in found]
     if rows:
         right: tuple[Column, ...] = tuple((name, "right") for name in ("SQNR", "cosine", "largest error", "same top-1"))
-        table((f"on {samples} samples kept back" if samples else "compared with the original", *right), rows)
+        table((f"on {samples} samples" if samples else "compared with the original", *right), rows)
 
 
 def _left_alone(report: Report, limit: int = 3) -> None:

@@ -116,7 +116,7 @@ class Report:
         created: ISO 8601 with time zone.
         command: The command line, if there was one.
         recipe: The full recipe as YAML; `recipe_name` is its built-in name or file name.
-        comparison: On samples that no statistic has seen, `held_out` of them.
+        comparison: On `held_out` samples; none of them was seen by a statistic, unless a note says so.
         quantized: Nodes that became quantized, by operator type; the reasons of the others are in `passes`.
         weight_bytes_before, weight_bytes_after: Of the weights that were quantized, scales included.
         integer_kernels: Nodes that the runtime executes on integers, by kernel (see `graphq.kernels_used`).

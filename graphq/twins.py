@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir, linear, noise, qdq
+from graphq import ir, linear, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import ModelError
 from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch
+from graphq.noise import decibel, row_weights
 from graphq.pipeline import Progress, no_progress
 from graphq.quantizers import Format, Uniform
 from graphq.spec import QuantSpec
@@ -68,7 +69,7 @@ class LayerError:
 
     @property
     def sqnr_db(self) -> float:
-        return noise.decibel(self.power, self.noise)
+        return decibel(self.power, self.noise)
 
 
 def measure(model: ir.Model, twins: Sequence[Twin], data: CalibrationSet, progress: Progress = no_progress) -> list[LayerError]:
@@ -281,7 +282,7 @@ class _Probe:
 
 def _layer_error(found: Mapping[str, list[np.ndarray]], sums: _Sums) -> LayerError:
     error, power = (np.concatenate([array.reshape(-1) for array in found[name]]) for name in (sums.noise, sums.power))
-    weights = noise.row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
+    weights = row_weights(power) if found[sums.noise][0].ndim else np.ones(len(power))
     with np.errstate(invalid="ignore"):  # NaN is an answer, too
         error, power = error @ weights, power @ weights
     if not sums.shift:

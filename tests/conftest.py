@@ -2,6 +2,8 @@
 
 import importlib.util
 from collections import Counter
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,3 +26,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section(title)
         for what, count in sorted(counts.items()):
             terminalreporter.write_line(f"{count:5d}  {what}")
+
+
+ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def assets() -> ModuleType:
+    """The module that reads the shared images and texts; tests that need them are skipped where they are not."""
+    spec = importlib.util.spec_from_file_location("assets", ASSETS / "assets.py")
+    if spec is None or spec.loader is None or not (ASSETS / "assets.py").is_file():
+        pytest.skip(f"there are no assets in {ASSETS}")
+    pytest.importorskip("PIL", reason="Pillow is not installed (pip install graphq[images])")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -37,17 +37,6 @@ def test_digits(name: str, recipe: str, tmp_path: Path) -> None:
     to_engine(onnx_path(name), tmp_path, recipe, {"input": digits.calibration(32)})
 
 
-@pytest.fixture(scope="module")
-def assets() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("assets", ASSETS / "assets.py")
-    if spec is None or spec.loader is None or not (ASSETS / "assets.py").is_file():
-        pytest.skip(f"there are no assets in {ASSETS}")
-    pytest.importorskip("PIL", reason="Pillow is not installed (pip install graphq[images])")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mobilenet_v2_1.0_224", "squeezenet1_1", "minilm_l6_stsb"])
 def test_real_models(name: str, assets: ModuleType, tmp_path: Path) -> None:
     to_engine(ASSETS / "models" / f"{name}.onnx", tmp_path, "int8", assets.calibration(name, 16))

@@ -277,17 +277,6 @@ def test_engines_are_built(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "m.engine").read_bytes().startswith(b"vtrt")
 
 
-@pytest.fixture(scope="module")
-def assets() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("assets", ASSETS / "assets.py")
-    if spec is None or spec.loader is None or not (ASSETS / "assets.py").is_file():
-        pytest.skip(f"there are no assets in {ASSETS}")
-    pytest.importorskip("PIL", reason="Pillow is not installed (pip install graphq[images])")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("quantizer", ["sulq", "log2", "log-sqrt2"])
 def test_runtimes_agree_on_a_real_model(assets: ModuleType, quantizer: Any) -> None:
     """To 1e-5, where both get the same attention: but for one number in 10,000, where theirs lie on either side of a boundary."""
