@@ -19,6 +19,7 @@ from graphq.cli_options import (
     Calib,
     Debug,
     EmitKind,
+    EngineTexts,
     Evaluate,
     Json,
     Limits,
@@ -27,6 +28,7 @@ from graphq.cli_options import (
     Preprocess,
     Quiet,
     Seed,
+    Shapes,
     TargetName,
     Widths,
 )
@@ -71,6 +73,8 @@ def convert(
     preprocess: Preprocess = None,
     target: TargetName = "onnxruntime",
     emit: EmitKind = "onnx",
+    engine: EngineTexts = None,
+    shape: Shapes = None,
     gate: Limits = None,
     evaluate: Evaluate = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.json.")] = None,
@@ -82,16 +86,17 @@ def convert(
 ) -> None:
     """Make MODEL smaller and faster by a recipe."""
     from graphq.convert import convert as run
+    from graphq.engines import parse_options
     from graphq.report import check_folder
 
     if report is not None:
         check_folder(report)
-    kind = cast(Literal["onnx", "engine"], emit)
+    kind, settings = cast(Literal["onnx", "engine"], emit), parse_options(engine or (), shape or ())
     try:
         with console.progress_bar(enabled=not quiet) as progress:
             result = run(
                 model, out, recipe=recipe, calib=calib, preprocess=preprocess, target=target, emit=kind, limits=dict(gate or ()),
-                evaluate=evaluate, report_dir=report, seed=seed, memory_budget=memory_budget,
+                evaluate=evaluate, engine=settings, report_dir=report, seed=seed, memory_budget=memory_budget,
                 command=shlex.join(["graphq", *context.obj]), progress=progress,
             )  # fmt: skip
     except VerifyError as error:

@@ -79,4 +79,13 @@ Limits = Annotated[
     list[Any] | None,
     typer.Option(metavar="NAME=VALUE|off", parser=parse_gate, help="A limit instead of the recipe's: min_speedup=off; repeatable."),
 ]  # fmt: skip
+EngineTexts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME[=VALUE]", help="How an engine is built: sparse, strip, weight_streaming, level=0..5, timing_cache=FILE, "
+                 "compute_capability=8.9,12.0; repeatable."),
+]  # fmt: skip
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=SHAPE", help="Range of an input of the engine, fewest:best:most: input=1:8:32x3x224x224; repeatable."),
+]  # fmt: skip
 Widths = Annotated[Any, typer.Option(metavar="N,N,...", parser=parse_bits, help="Widths to try; the first is the one in question.")]

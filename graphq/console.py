@@ -17,10 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from graphq.engines import EngineFacts
     from graphq.inspect import Inspection
     from graphq.kernels_used import KernelsUsed
     from graphq.report import OutputComparison, Report
     from graphq.sensitivity import Sensitivity
+
+SHOWN = 5
+"""Lines about single nodes, at most."""
 
 PLAIN_WIDTH = 140
 """Columns where there is no terminal."""
@@ -118,6 +122,8 @@ def summary(report: Report, folder: object = None) -> None:
         say(f"quantized: {counts(report.quantized)}; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}")
     for kind, kernels in report.kernels.items():
         say(f"{kind} kernels: {counts(kernels)}")
+    if report.engine is not None:
+        _engine(report.engine)
     _left_alone(report)
     for gate in report.gates:
         verdict, style = ("passed", "") if gate.passed else ("MISSED", "red")
@@ -167,6 +173,19 @@ def comparisons(found: Sequence[OutputComparison], samples: int = 0) -> None:
     if rows:
         right: tuple[Column, ...] = tuple((name, "right") for name in ("SQNR", "cosine", "largest error", "same top-1"))
         table((f"on {samples} samples" if samples else "compared with the original", *right), rows)
+
+
+def _engine(found: EngineFacts) -> None:
+    """What the builder made of the linear nodes."""
+    say(f"engine: {found.layers} layers; linear nodes by operand types: {counts(found.counts) or 'unknown'}")
+    lost = [node for node in found.nodes if node.got and node.got != node.asked]
+    for node in lost[:SHOWN]:
+        say(f"  {node.node} asked for {node.asked} and got {node.got}, in {node.layer}", style="yellow")
+    if len(lost) > SHOWN:
+        say(f"  and {len(lost) - SHOWN} more; the report names them", style="yellow")
+    if found.options.sparse:
+        picked = "not known here, they are picked where the engine is loaded" if found.sparse_kernels is None else found.sparse_kernels
+        say(f"  kernels for 2:4 sparse weights: {picked}")
 
 
 def _left_alone(report: Report, limit: int = 3) -> None:

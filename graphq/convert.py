@@ -17,6 +17,7 @@ from graphq import accuracy, gates, ir, kernels_used, linear, report, targets, v
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
+from graphq.engines import EngineFacts, EngineOptions
 from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
 from graphq.executor import BATCH, Executor
 from graphq.gates import GateResult
@@ -42,7 +43,7 @@ Emit = Literal["onnx", "engine"]
 def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe = "int8", calib: Source | None = None,
             preprocess: str | Path | Preprocess | None = None, target: str = "onnxruntime", emit: Emit = "onnx",
             limits: Mapping[str, float | None] | None = None, evaluate: str | Path | None = None,
-            report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
+            engine: EngineOptions | None = None, report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
             command: str | None = None, progress: Progress = no_progress) -> Report:  # fmt: skip
     """Compress `model` by `recipe` and write the result to `out` once it is verified.
 
@@ -57,6 +58,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
         limits: Gates by name that take the place of the recipe's; None takes one away.
         evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after.
+        engine: How an engine is built, with `emit="engine"`.
         report_dir: Folder for report.json.
         seed: Of everything random.
         memory_budget: Bytes that a sweep may hold in memory.
@@ -72,7 +74,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     goal = targets.get_target(target)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     plan = plan.with_gates(limits) if limits else plan
-    _check_request(plan, goal, emit, evaluate)
+    _check_request(plan, goal, emit, engine, evaluate)
     with clock("load"):
         original = ir.load(path)
         files.check_output(out_path, _inputs(path, original, recipe, calib, preprocess, evaluate))
@@ -98,9 +100,9 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         try:
             gates.require_passed(result.gates)
             with files.pending(out_path) as file:
-                _write(ctx.model, file, emit, goal, held_out, progress)
+                built = _write(ctx.model, file, emit, goal, held_out, engine, progress)
                 size = files.written_bytes(file)
-                result = replace(result, gates=measured.gates(plan, size / result.model.bytes if emit == "onnx" else None))
+                result = replace(result, engine=built, gates=measured.gates(plan, size / result.model.bytes if emit == "onnx" else None))
                 gates.require_passed(result.gates)
         except VerifyError as error:
             raise _refused(error, ctx.model, out_path, result, report_dir) from error
@@ -142,13 +144,18 @@ class Measured:
         return gates.check(plan.gates, self.comparison, self.latency, self.accuracy, size_ratio)
 
 
-def _check_request(plan: Recipe, target: Target, emit: str, evaluate: object) -> None:
+def _check_request(plan: Recipe, target: Target, emit: str, engine: EngineOptions | None, evaluate: object) -> None:
     """Refuse what cannot be done before anything is read."""
     if emit == "engine" and not target.builds_engines:
         engines = " or ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
         raise UsageError(
             f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx"
         )
+    if engine is not None and emit != "engine":
+        raise UsageError("There is no engine to build.", where=f"{engine}", expected="--emit engine", hint="or leave the options out")
+    lacks = [f"{name}: {why}" for name, why in target.engine_lacks.items() if engine is not None and getattr(engine, name)]
+    if lacks:
+        raise UsageError(f"{target.name} does not have this engine option.", where="; ".join(lacks))
     if plan.gates.max_accuracy_drop is not None and evaluate is None:
         raise UsageError(
             "The recipe limits the loss of accuracy, but there is nothing to measure it on.", where="gate max_accuracy_drop",
@@ -209,13 +216,14 @@ def _refused(error: VerifyError, model: ir.Model, out: Path, result: Report | No
     return refused
 
 
-def _write(model: ir.Model, file: Path, emit: Emit, target: Target, data: CalibrationSet, progress: Progress) -> None:
-    if emit == "engine":
-        from graphq.backends import tensorrt
-
-        tensorrt.emit_engine(model, file, target, data, progress)
-    else:
+def _write(model: ir.Model, file: Path, emit: Emit, target: Target, data: CalibrationSet, engine: EngineOptions | None,
+           progress: Progress) -> EngineFacts | None:  # fmt: skip
+    if emit == "onnx":
         ir.save(model, file)
+        return None
+    from graphq.backends import tensorrt
+
+    return tensorrt.emit_engine(model, file, target, data, engine or tensorrt.DEFAULT, progress)
 
 
 def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data: CalibrationSet, seed: int, command: str | None,

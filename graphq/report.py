@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from graphq import ir
+from graphq.engines import EngineFacts
 from graphq.errors import GraphqError, ModelError, UsageError
 from graphq.gates import GateResult
 from graphq.pipeline import PassRecord
@@ -120,6 +121,7 @@ class Report:
         quantized: Nodes that became quantized, by operator type; the reasons of the others are in `passes`.
         weight_bytes_before, weight_bytes_after: Of the weights that were quantized, scales included.
         integer_kernels: Nodes that the runtime executes on integers, by kernel (see `graphq.kernels_used`).
+        engine: What the builder of the engine made of the model, if one was built.
         versions: Of Python and the packages that did the work.
         seconds: Time by stage.
         notes: What the user must not overlook, such as calibration without real data.
@@ -144,6 +146,7 @@ class Report:
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     integer_kernels: Mapping[str, int] = field(default_factory=dict)
+    engine: EngineFacts | None = None
     gates: tuple[GateResult, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)

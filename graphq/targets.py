@@ -50,6 +50,7 @@ class Target:
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
+        engine_lacks: Names of the `EngineOptions` that its builder does not have, with the reason.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Target:
     activation_storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     measures_speed: bool = False
     builds_engines: bool = False
+    engine_lacks: Mapping[str, str] = field(default_factory=dict)
     integer_lookup: bool = True
     minimum_opset: int = field(default=21)
 
@@ -94,7 +96,8 @@ _TENSORRT = Target(
     about="NVIDIA TensorRT 11: strongly typed, symmetric INT8, float bias",
     activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
     ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), activation_storage=frozenset({"int8"}),
-    builds_engines=True, integer_lookup=False,
+    builds_engines=True, integer_lookup=False, forms=frozenset({"split-projection"}),
+    engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
 )  # fmt: skip
 
 TARGETS: Mapping[str, Target] = MappingProxyType({
@@ -108,7 +111,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
     ),
     "tensorrt": _TENSORRT,
-    "tensorrt-rtx": replace(_TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins"),
+    "tensorrt-rtx": replace(
+        _TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins",
+        engine_lacks=MappingProxyType({"timing_cache": "it measures nothing while it builds"}),
+    ),
     "generic": Target(
         name="generic", about="any runtime with QuantizeLinear and DequantizeLinear: symmetric INT8, float bias",
         activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13,

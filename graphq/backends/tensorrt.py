@@ -12,17 +12,19 @@ and does not build without one. Building runs nothing: that the engine works on 
 from __future__ import annotations
 
 import importlib
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from graphq import ir
-from graphq.backends import files
+from graphq.backends import engine_layers, files
+from graphq.backends.tensorrt_log import log_of, make_monitor, words
 from graphq.calibration import CalibrationSet
-from graphq.errors import TargetError
+from graphq.engines import AxisRange, EngineFacts, EngineOptions
+from graphq.errors import TargetError, UsageError
 from graphq.pipeline import Progress, no_progress
 from graphq.targets import Target
 
@@ -44,21 +46,26 @@ SHOWN = 3
 
 Shape = tuple[int, ...]
 
-_NOISE = re.compile(r"Invalid Node - |\[checkMacros\.cpp|\s*$")  # lines around the parser's and builder's own words
-_SOURCE_POSITION = re.compile(r"\.? In \S+ at \S+:\d+")
+DEFAULT = EngineOptions()
+NO_RANGES: Mapping[str, tuple[AxisRange, ...]] = {}
 
 
-def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet, progress: Progress = no_progress) -> None:
-    """Build an engine of `model` and write it to `out`; open axes get the ranges at the top of this module.
+def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet, options: EngineOptions = DEFAULT,
+                progress: Progress = no_progress) -> EngineFacts:  # fmt: skip
+    """Build an engine of `model`, write it to `out`, and say what the builder made of the model.
+
+    Open axes that `options` does not name get the ranges at the top of this module.
 
     Raises:
         TargetError: the package is missing, its parser refuses a node, or its builder fails.
+        UsageError: a range does not fit the model's inputs.
     """
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
     with _saved(model) as file:
-        engine = build(file, shapes, target, progress, model)
+        engine, plan = build(file, shapes, target, options, progress, model)
     with files.pending(out) as part:
         _write(part, engine)
+    return replace(engine_layers.facts(model, engine_layers.read_plan(plan)), options=options)
 
 
 def parse(model: ir.Model, target: Target) -> list[str]:
@@ -70,8 +77,9 @@ def parse(model: ir.Model, target: Target) -> list[str]:
         return network.refusals(model)
 
 
-def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Progress = no_progress, model: ir.Model | None = None) -> Any:
-    """A serialized engine of the model in `file`, as an object that can be read as bytes.
+def build(file: Path, shapes: Mapping[str, Shape], target: Target, options: EngineOptions = DEFAULT, progress: Progress = no_progress,
+          model: ir.Model | None = None) -> tuple[Any, list[str]]:  # fmt: skip
+    """A serialized engine of the model in `file`, as an object that can be read as bytes, and the builder's lines about its layers.
 
     Args:
         file: An ONNX file; external data lies beside it.
@@ -84,25 +92,28 @@ def build(file: Path, shapes: Mapping[str, Shape], target: Target, progress: Pro
         refusals = network.refusals(model)
         engine = None
         if not refusals:
-            engine = network.build(shapes, progress, PROFILE_LEAST)
+            engine = network.build(shapes, options, progress, PROFILE_LEAST)
             if network.has_open_sizes and not network.log.stopped_by and (engine is None or network.log.has_bad_minimum):
-                network.log.errors.clear()
-                engine = network.build(shapes, progress, None)
+                network.log.clear()
+                engine = network.build(shapes, options, progress, None)
+        plan = network.log.plan
     if refusals:
         more = f" (and {len(refusals) - SHOWN} more)" if len(refusals) > SHOWN else ""
         raise TargetError(
             f"The parser of {target.name} refuses this model.", where="; ".join(refusals[:SHOWN]) + more,
-            expected=f"operators that {target.name} implements, quantized symmetrically to INT8 or INT4",
+            expected=f"operators that {target.name} implements, quantized symmetrically to a type that it takes",
             hint="export the model without this operator or with another opset, or choose another target, such as --target onnxruntime",
         )  # fmt: skip
     if network.log.stopped_by is not None:
         raise network.log.stopped_by
     if engine is None:
+        reason = network.log.last_error
+        needs_gpu = f"{target.name} compiles here for the GPU of this machine and found none; " if "CUDA_SUCCESS" in reason else ""
         raise TargetError(
-            f"The builder of {target.name} failed.", where=network.log.last_error,
-            hint=f"`--emit onnx --target {target.name}` writes the model that was to be built; report that file with the message above",
+            f"The builder of {target.name} failed.", where=reason,
+            hint=f"{needs_gpu}`--emit onnx --target {target.name}` writes the model that was to be built; report it with the message above",
         )  # fmt: skip
-    return engine
+    return engine, plan
 
 
 class Network:
@@ -114,7 +125,7 @@ class Network:
 
     def __init__(self, file: Path, target: Target) -> None:
         self.trt = trt = _load(target)
-        self.log = _make_log(trt)
+        self.log = log_of(trt)
         try:
             self.builder: Any = trt.Builder(self.log)
         except (TypeError, RuntimeError) as error:  # the bindings' word for "no object was made"
@@ -147,23 +158,54 @@ class Network:
         """Whether an axis other than the batch is open."""
         return any(size == -1 and not self._is_batch(tensor, axis) for tensor in self.inputs for axis, size in enumerate(tensor.shape))
 
-    def build(self, shapes: Mapping[str, Shape], progress: Progress, least: int | None) -> Any:
+    def build(self, shapes: Mapping[str, Shape], options: EngineOptions, progress: Progress, least: int | None) -> Any:
         """The engine, or None with the reason in the log; `least` as `PROFILE_LEAST`, None for the size of the data."""
         config = self.builder.create_builder_config()
-        monitor = _make_monitor(self.trt, progress, self.log)  # the config does not keep it alive
+        monitor = make_monitor(self.trt, progress, self.log)  # the config does not keep it alive
         config.progress_monitor = monitor
-        ranges = self.ranges(shapes, least)
+        config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
+        self._configure(config, options)
+        ranges = self.ranges(shapes, least, options.shapes)
         if ranges:
             profile = self.builder.create_optimization_profile()
             for name, axes in ranges.items():
                 profile.set_shape(name, *zip(*axes, strict=True))
             config.add_optimization_profile(profile)
-        return self.builder.build_serialized_network(self.definition, config)
+        engine = self.builder.build_serialized_network(self.definition, config)
+        if options.timing_cache is not None and engine is not None:
+            with files.pending(options.timing_cache) as part:
+                _write(part, config.get_timing_cache().serialize())
+        return engine
 
-    def ranges(self, shapes: Mapping[str, Shape], least: int | None) -> dict[str, list[tuple[int, int, int]]]:
-        """(smallest, best, largest) size of each axis of the inputs with open axes."""
+    def _configure(self, config: Any, options: EngineOptions) -> None:
+        flags = {"SPARSE_WEIGHTS": options.sparse, "STRIP_PLAN": options.strip, "WEIGHT_STREAMING": options.weight_streaming}
+        for flag in (name for name, wanted in flags.items() if wanted):
+            config.set_flag(getattr(self.trt.BuilderFlag, flag))
+        if options.level is not None:
+            config.builder_optimization_level = options.level
+        if options.compute_capability:
+            known = self.trt.ComputeCapability.__members__
+            config.num_compute_capabilities = len(options.compute_capability)
+            for index, text in enumerate(options.compute_capability):
+                if (name := f"SM{text.replace('.', '')}") not in known:
+                    raise UsageError(
+                        f"This package does not build for compute capability {text}.", where="engine option compute_capability",
+                        expected=f"one of {', '.join(f'{key[2:-1]}.{key[-1]}' for key in known if key.startswith('SM'))}",
+                    )  # fmt: skip
+                config.set_compute_capability(known[name], index)
+        if options.timing_cache is not None:
+            known_times = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known_times), False)
 
-        def axis_range(tensor: Any, axis: int, size: int) -> tuple[int, int, int]:
+    def ranges(self, shapes: Mapping[str, Shape], least: int | None, given: Mapping[str, tuple[AxisRange, ...]] = NO_RANGES
+               ) -> dict[str, list[AxisRange]]:  # fmt: skip
+        """Range of each axis of the inputs with open axes; what is `given` goes before what the data says."""
+        for name, axes in given.items():
+            _check_range(name, axes, {tensor.name: tuple(tensor.shape) for tensor in self.inputs})
+
+        def axis_range(tensor: Any, axis: int, size: int) -> AxisRange:
+            if tensor.name in given:
+                return given[tensor.name][axis]
             if size != -1:
                 return size, size, size
             if self._is_batch(tensor, axis):
@@ -183,6 +225,20 @@ class Network:
         return axis == 0 or tensor.get_dimension_name(axis) in firsts
 
 
+def _check_range(name: str, axes: tuple[AxisRange, ...], inputs: Mapping[str, Shape]) -> None:
+    """Refuse a range for an input that is not there, or that its shape does not have."""
+    shape = inputs.get(name)
+    fits = shape is not None and len(axes) == len(shape) and all(
+        1 <= low <= best <= high and (size == -1 or low == high == size) for (low, best, high), size in zip(axes, shape, strict=True)
+    )
+    if not fits:
+        known = ", ".join(f"{entry}={'x'.join('?' if size == -1 else str(size) for size in sizes)}" for entry, sizes in inputs.items())
+        raise UsageError(
+            "A shape range does not fit the model.", where=f"{name}={'x'.join(':'.join(map(str, axis)) for axis in axes)}",
+            expected=f"{known}, with fewest:best:most for each ?", hint="such as input=1:8:32x3x224x224",
+        )  # fmt: skip
+
+
 def _load(target: Target) -> Any:
     """The Python package of `target`."""
     try:
@@ -194,84 +250,18 @@ def _load(target: Target) -> Any:
         ) from error  # fmt: skip
 
 
-def _make_log(trt: Any) -> Any:
-    """A logger that keeps errors and warnings and prints nothing.
-
-    An exception must not leave a callback: the bindings would print and drop it. The first is kept in `stopped_by`.
-    """
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-            self.stopped_by: BaseException | None = None
-
-        def log(self, severity: Any, message: str) -> None:
-            try:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    self.errors.append(message)
-                elif severity == trt.ILogger.WARNING:
-                    self.warnings.append(message)
-            except BaseException as error:  # Ctrl-C arrives in whatever Python code runs next
-                self.stopped_by = self.stopped_by or error
-
-        @property
-        def last_error(self) -> str:
-            told = [words for words in map(_words, self.errors) if words] or self.errors
-            return told[-1] if told else "it gave no reason"
-
-        @property
-        def has_bad_minimum(self) -> bool:
-            return any("kMIN values are not self-consistent" in message for message in [*self.errors, *self.warnings])
-
-    return Log()
-
-
-def _make_monitor(trt: Any, progress: Progress, log: Any) -> Any:
-    """Reports the builder's outermost phase, and cancels the build once anything has raised."""
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phase, self.steps = "", 1
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if parent is None:
-                self.phase, self.steps = phase, steps
-                self.tell(0)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase == self.phase:
-                self.tell(step + 1)
-            return log.stopped_by is None
-
-        def phase_finish(self, phase: str) -> None:
-            if phase == self.phase:
-                self.tell(self.steps)
-
-        def tell(self, done: int) -> None:
-            try:
-                if log.stopped_by is None:
-                    progress("build engine", min(done, self.steps), self.steps)
-            except BaseException as error:
-                log.stopped_by = error
-
-    return Monitor()
-
-
 def _refusal(error: Any, model: ir.Model | None) -> str:
     """One error of the parser as `node: its words`."""
-    words = _words(error.desc())
-    if words in ("", "false"):  # the parser's assertion without words
-        words = error.code().name.lower().replace("_", " ")
+    reason = words(error.desc())
+    if reason in ("", "false"):  # the parser's assertion without words
+        reason = error.code().name.lower().replace("_", " ")
     calls = " in ".join(reversed(error.local_function_stack()))
     node = _find(error, model) if model is not None else None
     if node is None:
         name = f"{error.node_operator()} {error.node_name()!r}" if error.node_operator() else "model"
     else:
         name = ir.describe(node)
-    return f"{name}{f' in {calls}' if calls else ''}: {words}"
+    return f"{name}{f' in {calls}' if calls else ''}: {reason}"
 
 
 def _find(error: Any, model: ir.Model) -> ir.Node | None:
@@ -284,12 +274,6 @@ def _find(error: Any, model: ir.Model) -> ir.Node | None:
     place = error.node()
     is_here = not error.local_function_stack() and 0 <= place < len(graph) and graph[place] in candidates
     return graph[place] if is_here else None
-
-
-def _words(text: str) -> str:
-    """The first lines of a message that say something, without positions in TensorRT's source."""
-    lines = [line.strip() for line in text.splitlines() if not _NOISE.match(line)]
-    return _SOURCE_POSITION.sub("", " ".join(lines[:3])).strip()[:400]
 
 
 @contextmanager

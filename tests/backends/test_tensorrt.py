@@ -16,7 +16,8 @@ from onnx import helper
 from graphq import ir
 from graphq.backends import tensorrt
 from graphq.calibration import open_calibration
-from graphq.errors import TargetError
+from graphq.engines import EngineOptions
+from graphq.errors import TargetError, UsageError
 from graphq.pipeline import Progress, no_progress
 from graphq.targets import get_target
 
@@ -83,10 +84,11 @@ def table(order: str) -> ir.Model:
         g (int64[n, 5] ids) => (float[n, 5, 4] y) <int8[8, 4] w = {{{numbers(32)}}}, float s = {{0.1}}> {{ {nodes[order]} }}""")
 
 
-def emit(model: ir.Model, folder: Path, progress: Progress = no_progress, **shapes: tuple[int, ...]) -> bytes:
+def emit(model: ir.Model, folder: Path, progress: Progress = no_progress, options: EngineOptions = tensorrt.DEFAULT,
+         **shapes: tuple[int, ...]) -> bytes:  # fmt: skip
     inputs = ir.inputs(model)
     arrays = {entry.name: np.ones(shapes.get(entry.name, (4, *entry.shape[1:])), entry.dtype) for entry in inputs}
-    tensorrt.emit_engine(model, folder / "m.engine", RTX, open_calibration(arrays, inputs), progress)
+    tensorrt.emit_engine(model, folder / "m.engine", RTX, open_calibration(arrays, inputs), options, progress)
     assert [file.name for file in folder.iterdir() if file.suffix != ".onnx"] == ["m.engine"]
     return (folder / "m.engine").read_bytes()
 
@@ -268,3 +270,35 @@ def test_tensorrt_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(TargetError, match="cannot start") as caught:
         tensorrt.parse(ir.from_onnx_text(RELU), get_target("tensorrt"))
     assert "CUDA initialization failure" in caught.value.where and "GPU" in caught.value.expected
+
+
+@needs_rtx
+@pytest.mark.parametrize("options", [
+    EngineOptions(sparse=True, weight_streaming=True, level=0), EngineOptions(compute_capability=("8.9", "12.0")),
+    EngineOptions(shapes={"x": ((1, 4, 64), (1, 2, 2), (4, 4, 4))}),
+], ids=["flags", "capability", "shapes"])  # fmt: skip
+def test_options_reach_the_builder(options: EngineOptions, tmp_path: Path) -> None:
+    assert emit(matmul(), tmp_path, options=options, x=(4, 9, 4)).startswith(MAGIC)
+
+
+@needs_rtx
+@pytest.mark.parametrize("axes", [((1, 4, 64), (1, 2, 2)), ((1, 4, 64), (1, 2, 2), (3, 3, 3)), ((2, 1, 3), (1, 1, 1), (4, 4, 4))],
+                         ids=["rank", "a fixed axis", "order"])  # fmt: skip
+def test_a_range_that_fits_no_input_is_refused(axes: tuple[tuple[int, int, int], ...], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="shape range") as caught:
+        emit(matmul(), tmp_path, options=EngineOptions(shapes={"x": axes}), x=(4, 9, 4))
+    assert "x=?x?x4" in caught.value.expected and not list(tmp_path.iterdir())
+
+
+@needs_rtx
+def test_a_range_for_an_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="shape range"):
+        emit(matmul(), tmp_path, options=EngineOptions(shapes={"y": ((1, 1, 1),)}), x=(4, 9, 4))
+
+
+@needs_rtx
+def test_an_unknown_compute_capability_is_refused(tmp_path: Path) -> None:
+    """9.0 is not among those of TensorRT-RTX 1.7."""
+    with pytest.raises(UsageError, match=r"9\.0") as caught:
+        emit(matmul(), tmp_path, options=EngineOptions(compute_capability=("9.0",)), x=(4, 9, 4))
+    assert "8.9" in caught.value.expected
