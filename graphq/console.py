@@ -178,7 +178,7 @@ def comparisons(found: Sequence[OutputComparison], samples: int = 0) -> None:
 def _engine(found: EngineFacts) -> None:
     """What the builder made of the linear nodes."""
     say(f"engine: {found.layers} layers; linear nodes by operand types: {counts(found.counts) or 'unknown'}")
-    lost = [node for node in found.nodes if node.got and node.got != node.asked]
+    lost = [node for node in found.nodes if node.is_lost]
     for node in lost[:SHOWN]:
         say(f"  {node.node} asked for {node.asked} and got {node.got}, in {node.layer}", style="yellow")
     if len(lost) > SHOWN:

@@ -123,6 +123,10 @@ def _with_zero(extrema: np.ndarray) -> np.ndarray:
     return np.array([np.minimum(extrema[0], 0), np.maximum(extrema[1], 0)], extrema.dtype)
 
 
+_WRONG = ["ClipQuantRewrite", "ReluQuantRewrite"]
+"""Rules of ONNX Runtime 1.31 that drop a Clip or Relu before a QuantizeLinear to 8-bit floats, or fail on it."""
+
+
 def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], deployed: bool, threads: int, prepack: bool, spin: bool,
              optimized_path: str | None) -> Any:  # fmt: skip
     import onnxruntime as ort
@@ -146,7 +150,9 @@ def _session(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], deployed
         list(kept), [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in kept.values()]
     )
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=None if deployed else _WRONG
+        )
     except Exception as error:
         raise ModelError(
             f"ONNX Runtime cannot load the model: {_first_line(error)}",

@@ -29,7 +29,9 @@ DOMAIN = "graphq"
 """Domain of the operators that passes write as model-local functions (see `graphq.functions`)."""
 
 MAX_OPSET, _PROTOBUF_LIMIT = onnx.defs.onnx_opset_version(), 1 << 31
-_NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2")}
+_NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2")} | {
+    "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float4e2m1": ml_dtypes.float4_e2m1fn,
+}  # fmt: skip
 
 
 # ---- reading and writing --------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def light_proto(model: Model, *, shapes: bool = False) -> tuple[onnx.ModelProto,
     """The protobuf form without the bytes of the main graph's larger initializers, and their arrays by name.
 
     They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
-    does not know (4 and 2 bits) stay inside. `shapes` says whether to write down those of values inside the graph.
+    does not know (4 and 2 bits, small floats) stay inside. `shapes` says whether to write down those of values inside the graph.
     """
     proto = _proto_of(model, list(model.graph))
     inside = [value for node in model.graph for value in node.outputs if not value.is_graph_output()] if shapes else []
@@ -162,7 +164,7 @@ def _add_weights(graph: onnx.GraphProto, values: Sequence[Value]) -> dict[str, n
 
 
 def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
-    return tensor.nbytes > 1024 and tensor.dtype.bitwidth >= 8
+    return tensor.nbytes > 1024 and np.dtype(tensor.dtype.numpy()).isbuiltin == 1
 
 
 def _in_memory(tensor: Any) -> Any:

@@ -24,12 +24,12 @@ _PART = "graphq.quantizer"
 
 
 def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec, readers: Iterable[tuple[ir.Node, int]],
-                through: Sequence[ir.Node] = ()) -> ir.Value:  # fmt: skip
+                through: Sequence[ir.Node] = (), *, narrow: bool = True) -> ir.Value:  # fmt: skip
     """Put one QDQ pair on `value` and let `readers` (node, input index) read its result, which is returned.
 
-    A width that ONNX does not store gets an explicit Clip before it, and 8-bit codes; so do 4 bits behind a Clip,
-    which ONNX Runtime 1.31 would merge into a QuantizeLinear of 8 bits only. `through` is a chain of nodes, the last of which
-    makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
+    A width that ONNX does not store gets an explicit Clip before it, and 8-bit codes; so does any below 8 if not `narrow`, and 4 bits
+    behind a Clip, which ONNX Runtime 1.31 would merge into a QuantizeLinear of 8 bits only. `through` is a chain of nodes, the last
+    of which makes `value`, that only move elements: they then move codes, and what the first of them reads is quantized.
     """
     start = through[0].inputs[0] if through else value
     assert start is not None
@@ -37,9 +37,8 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     if anchor is None or anchor.graph is not edit.model.graph:
         anchor, after = None, False
     name, source = value.name or "value", start
-    stored = (
-        spec if spec.bits == spec.storage_bits and (spec.bits == 8 or anchor is None or anchor.op_type != "Clip") else replace(spec, bits=8)
-    )
+    is_stored = narrow and spec.bits == spec.storage_bits and (anchor is None or anchor.op_type != "Clip")
+    stored = spec if spec.bits == 8 or is_stored else replace(spec, bits=8)
     scale, zero = _qparam_values(edit, name, qparams, stored)
     if spec.bits != stored.bits:
         steps = np.array([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)], np.float32) * qparams.scale
@@ -80,13 +79,15 @@ def before_quantizer(value: ir.Value | None) -> ir.Value | None:
     return clip.inputs[0] if clip is not None and clip.metadata_props.get(_PART) else maker.inputs[0]
 
 
-def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None, codes: np.ndarray | None = None) -> QParams:
+def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None, codes: np.ndarray | None = None, *,
+                  narrow: bool = True) -> QParams:  # fmt: skip
     """Store the weight of a linear node as codes with a DequantizeLinear before the node.
 
     Args:
         qparams: Of the weight; min-max by default.
         codes: Of the weight's shape, within the range of `spec`; the nearest by default, stored once for all nodes that
             share the weight.
+        narrow: Whether codes of fewer than 8 bits may be stored in fewer.
     """
     index = linear.LINEAR_OPS[node.op_type].weight
     value = node.inputs[index]
@@ -94,14 +95,14 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     assert value is not None and weight is not None, "insert_weight needs a constant weight"
     quantizer = Uniform(spec)
     qparams = quantizer.fit_weight(weight) if qparams is None else qparams
-    name = value.name or "weight"
-    key = (value, spec, qparams.scale.tobytes(), qparams.zero_point.tobytes())
+    name, storage = value.name or "weight", (spec if narrow else replace(spec, bits=8)).storage
+    key = (value, spec, storage, qparams.scale.tobytes(), qparams.zero_point.tobytes())
     if codes is None:
-        integers = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), spec.storage)
+        integers = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), storage)
     else:
-        integers = edit.initializer(f"{name}_quantized", codes, spec.storage)
+        integers = edit.initializer(f"{name}_quantized", codes, storage)
     scale = edit.shared((*key, "scale"), f"{name}_scale", lambda: qparams.scale, "float32")
-    zero = edit.shared((*key, "zero"), f"{name}_zero_point", lambda: qparams.zero_point, spec.storage)
+    zero = edit.shared((*key, "zero"), f"{name}_zero_point", lambda: qparams.zero_point, storage)
     attributes: dict[str, int] = {}
     if isinstance(spec.granularity, PerAxis | PerGroup):
         attributes["axis"] = spec.granularity.axis

@@ -1,4 +1,4 @@
-"""Uniform quantization of arrays: range -> qparams -> integer codes -> floats, with the numbers of ONNX QuantizeLinear.
+"""Quantization of arrays by scale and zero point: range -> qparams -> codes -> floats, with the numbers of ONNX QuantizeLinear.
 
 The only place where these formulas are written; calibration, simulation, weight packing, emission all call it. `x` is a
 float tensor, `q` its codes; scale and zero point are shaped by the granularity (see `qparams_shape`).
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from graphq.spec import Granularity, PerAxis, PerGroup, PerTensor, QuantSpec
@@ -20,6 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MIN_SCALE = np.finfo(np.float32).tiny
 """No scale is smaller: runtimes flush subnormal float32 to zero, and a zero scale makes every code undefined."""
+
+_FLOATS = {"e4m3": ml_dtypes.float8_e4m3fn, "e2m1": ml_dtypes.float4_e2m1fn}
 
 _TILE = 1 << 18  # Elements handled at once: 1 MiB of float32 stays in the cache between the steps of the formula.
 
@@ -70,10 +73,11 @@ def qparams_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int
 
 @dataclass(frozen=True)
 class Uniform:
-    """Equally spaced levels: `q = clip(round(x / scale) + zero_point, qmin, qmax)`, `x ≈ (q - zero_point) * scale`.
+    """One scale for all levels: `q = clip(round(x / scale) + zero_point, qmin, qmax)`, `x ≈ (q - zero_point) * scale`.
 
-    `round` is half to even and the division is done in float32, so codes equal those of ONNX QuantizeLinear bit by bit.
-    A width that ONNX does not store (3, 5, 6, 7 bits) clips to its own `[qmin, qmax]` inside the next wider type.
+    `round` is half to even and the division is done in float32, so codes equal those of ONNX QuantizeLinear bit by bit. It goes to the
+    nearest integer, or to the nearest float of the spec's grid; then zero points are 0. A width that ONNX does not store (3, 5,
+    6, 7 bits) clips to its own `[qmin, qmax]` inside the next wider type.
     """
 
     spec: QuantSpec
@@ -81,8 +85,9 @@ class Uniform:
     def fit(self, low: Any, high: Any) -> QParams:
         """Qparams whose levels cover `[low, high]`, after extending it to contain 0.
 
-        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`. Asymmetric: `scale = (high - low) / (2^bits - 1)`,
-        `zero_point = qmin + round(-low / scale)`. A range of 0 to 0 gets the scale 1, a subnormal one `MIN_SCALE`.
+        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`, for small floats over their largest.
+        Asymmetric: `scale = (high - low) / (2^bits - 1)`, `zero_point = qmin + round(-low / scale)`.
+        A range of 0 to 0 gets the scale 1, a subnormal one `MIN_SCALE`.
 
         Args:
             low, high: Finite, of one shape, which becomes that of the qparams.
@@ -95,7 +100,7 @@ class Uniform:
             raise ValueError("a range must be finite with low <= high")
         spec, low, high = self.spec, np.minimum(low, 0.0), np.maximum(high, 0.0)
         if spec.symmetric:
-            extent, steps = np.maximum(-low, high), (1 << (spec.bits - 1)) - 1
+            extent, steps = np.maximum(-low, high), spec.qmax if spec.is_float else (1 << (spec.bits - 1)) - 1
         else:
             extent, steps = high - low, (1 << spec.bits) - 1
         limits = float(MIN_SCALE), float(np.finfo(np.float32).max)
@@ -111,14 +116,14 @@ class Uniform:
         return self.fit(*_extrema(weight, self.spec.granularity))
 
     def quantize(self, x: Array, qparams: QParams) -> Array:
-        """Codes of `x`: same shape, int8 if signed and uint8 otherwise, within `[qmin, qmax]`.
+        """Codes of `x`: same shape, within `[qmin, qmax]`; int8 if signed, else uint8, or the ml_dtypes type of a float grid.
 
         `x` may be of any real type and is read as float32; infinities saturate.
 
         Raises:
             ValueError: `x` contains NaN, or the qparams have the wrong shape.
         """
-        out = np.empty(np.shape(x), np.int8 if self.spec.signed else np.uint8)
+        out = np.empty(np.shape(x), _FLOATS.get(self.spec.grid, np.int8 if self.spec.signed else np.uint8))
         for source, target, scale, zero in self._tiles(x, out, qparams):
             steps = self._steps(source, scale, zero)
             np.add(steps, zero, out=steps)
@@ -148,8 +153,11 @@ class Uniform:
             steps = np.divide(x, scale, out=out, dtype=np.float32, casting="same_kind")
         if np.isnan(np.min(steps, initial=0.0)):
             raise ValueError("the tensor to quantize contains NaN")
-        np.rint(steps, out=steps)
         low, high = np.float32(self.spec.qmin) - zero, np.float32(self.spec.qmax) - zero
+        if self.spec.is_float:
+            steps[...] = np.clip(steps, low, high, out=steps).astype(_FLOATS[self.spec.grid])
+            return steps
+        np.rint(steps, out=steps)
         return np.clip(steps, low, high, out=steps)
 
     def _tiles(self, x: Array, out: Array, qparams: QParams) -> Iterator[tuple[Array, Array, Array, Array]]:

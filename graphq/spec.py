@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -37,32 +38,52 @@ class PerGroup:
 Granularity = PerTensor | PerAxis | PerGroup
 
 
+Grid = Literal["integer", "e4m3", "e2m1"]
+"""What the codes are: integers, or small floats (8 bits: arXiv 2209.05433; 4 bits: arXiv 2310.10537)."""
+
+_FLOAT_GRIDS = {"e4m3": (8, 448, "float8e4m3fn", 19), "e2m1": (4, 6, "float4e2m1", 23)}
+"""Width, largest magnitude, ONNX type, and the first opset that has it."""
+
+
 @dataclass(frozen=True)
 class QuantSpec:
-    """A uniform integer format.
+    """A format of codes, integers or small floats.
 
     Attributes:
-        bits: Width of the integer, 2 to 8.
+        bits: Width of a code, 2 to 8; 8 for `e4m3` and 4 for `e2m1`.
         signed: Codes lie in `[-2^(bits-1), 2^(bits-1) - 1]` if true, in `[0, 2^bits - 1]` otherwise.
         symmetric: The zero point is fixed: 0 if signed, `2^(bits-1)` otherwise.
         granularity: Where scales are shared.
+        grid: What the codes are. Small floats are signed and symmetric.
     """
 
     bits: int = 8
     signed: bool = True
     symmetric: bool = True
     granularity: Granularity = PerTensor()
+    grid: Grid = "integer"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
+        if self.is_float and (self.bits != _FLOAT_GRIDS[self.grid][0] or not (self.signed and self.symmetric)):
+            raise ValueError(f"{self.grid} has {_FLOAT_GRIDS[self.grid][0]} bits, a sign and no zero point")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the codes are floats: finer near 0, and without a zero point."""
+        return self.grid in _FLOAT_GRIDS
 
     @property
     def qmin(self) -> int:
+        if self.is_float:
+            return -self.qmax
         return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
+        if self.is_float:
+            return _FLOAT_GRIDS[self.grid][1]
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
@@ -72,13 +93,16 @@ class QuantSpec:
 
     @property
     def storage(self) -> str:
-        """Name of the ONNX type that holds a code, such as `int8` or `uint4`."""
+        """Name of the ONNX type that holds a code, such as `int8`, `uint4` or `float8e4m3fn`."""
+        if self.is_float:
+            return _FLOAT_GRIDS[self.grid][2]
         return f"{'' if self.signed else 'u'}int{self.storage_bits}"
 
     @property
     def opset(self) -> int:
         """The lowest default-domain opset whose QuantizeLinear and DequantizeLinear know this format."""
-        return max(INTEGER_OPSETS[self.storage_bits], 21 if isinstance(self.granularity, PerGroup) else 13)
+        first = _FLOAT_GRIDS[self.grid][3] if self.is_float else INTEGER_OPSETS[self.storage_bits]
+        return max(first, 21 if isinstance(self.granularity, PerGroup) else 13)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from graphq import ir
+from graphq import ir, linear
 from graphq.errors import TargetError
 from graphq.names import unknown_name
 from graphq.spec import PerAxis, PerTensor, QuantSpec
@@ -46,7 +46,8 @@ class Target:
         moves_codes: Operators that only move elements, of 8-bit integers as well as of floats.
         forms: Forms of float operators that it runs faster than what exporters write; see the pass `tune`.
         storage: Element types that its DequantizeLinear takes.
-        activation_storage: Those of them that activations may have.
+        activation_storage: Those of them that activations may have; narrower codes are stored in 8 bits, clipped.
+        narrow_weights: Operator types whose weights may be stored in fewer than 8 bits.
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
@@ -67,11 +68,17 @@ class Target:
     forms: frozenset[str] = frozenset()
     storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     activation_storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
+    narrow_weights: frozenset[str] = frozenset(linear.LINEAR_OPS)
     measures_speed: bool = False
     builds_engines: bool = False
     engine_lacks: Mapping[str, str] = field(default_factory=dict)
     integer_lookup: bool = True
     minimum_opset: int = field(default=21)
+
+    def in_floats(self) -> Target:
+        """The same runtime with 8-bit floats (E4M3) in place of its integers."""
+        activation, weight = (QuantSpec(granularity=spec.granularity, grid="e4m3") for spec in (self.activation, self.weight))
+        return replace(self, activation=activation, weight=weight, bias_int32=False)
 
 
 _SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
@@ -95,8 +102,9 @@ _TENSORRT = Target(
     name="tensorrt",
     about="NVIDIA TensorRT 11: strongly typed, symmetric INT8, float bias",
     activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
-    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4"}), activation_storage=frozenset({"int8"}),
-    builds_engines=True, integer_lookup=False, forms=frozenset({"split-projection"}),
+    ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"}),
+    activation_storage=frozenset({"int8", "float8e4m3fn"}),
+    narrow_weights=frozenset({"Gemm", "MatMul"}), builds_engines=True, integer_lookup=False, forms=frozenset({"split-projection"}),
     engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
 )  # fmt: skip
 
@@ -118,7 +126,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
     "generic": Target(
         name="generic", about="any runtime with QuantizeLinear and DequantizeLinear: symmetric INT8, float bias",
         activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13,
-        ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}),
+        ops=MappingProxyType(_ANCHORS),
+        storage=frozenset({
+            "int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32", "float8e4m3fn", "float4e2m1",
+        }),
+        activation_storage=frozenset({"int8", "uint8", "int4", "uint4", "float8e4m3fn"}),
     ),
 })  # fmt: skip
 
@@ -139,7 +151,7 @@ def violations(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
         integer = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
         typed = [value for value in (integer, *node.inputs[2:3]) if value is not None and value.dtype is not None]
         storage = str(typed[0].dtype).lower() if typed else None
-        if storage is not None and storage not in target.storage and storage.startswith(("int", "uint")):
+        if storage is not None and storage not in target.storage and storage.startswith(("int", "uint", "float8", "float4")):
             yield ir.describe(node), f"{target.name} does not take {storage} in {node.op_type}"
         zero = ir.constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if target.symmetric_only and zero is not None and np.any(zero.astype(np.int64)):

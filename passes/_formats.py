@@ -9,12 +9,14 @@ from graphq.passes import _bias, _center, _placement
 from graphq.passes._placement import Placement
 from graphq.pipeline import PassContext
 from graphq.quantizers import Format, Uniform
+from graphq.targets import Target
 
 
-def formats(plan: Placement, estimator: ranges.Estimator, ctx: PassContext, *, center: bool) -> dict[ir.Value, Format]:
+def formats(plan: Placement, estimator: ranges.Estimator, target: Target, ctx: PassContext, *, center: bool) -> dict[ir.Value, Format]:
     """The format of each value that `plan` quantizes; values that share a scale share all of it.
 
     Args:
+        target: With the formats to use.
         center: Whether one-sided activations may get a zero point that the target does not have (see `_center`); such a
             format is told by its asymmetric spec.
     """
@@ -23,7 +25,7 @@ def formats(plan: Placement, estimator: ranges.Estimator, ctx: PassContext, *, c
     found: dict[ir.Value, Format] = {}
     for value, group in _placement.tied(plan):
         members = [member for member in group if member in plan.readers]
-        spec = replace(ctx.target.activation, bits=max(map(plan.activation_bits, members)))
+        spec = replace(target.activation, bits=max(map(plan.activation_bits, members)))
         if members[0] in found:
             found[value] = found[members[0]]
             continue

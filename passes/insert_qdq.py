@@ -43,6 +43,7 @@ class InsertQdq(Pass):
         float_budget: Share of the multiply-adds that may stay float for that reason; the worst layers go first.
         error_samples: Calibration samples for measuring layer errors; 0 measures nothing.
         correct_bias: Whether to take a layer's measured mean error out of its bias (DFQ, arXiv 1906.04721), as far as samples agree on it.
+        format: What codes are: integers, or 8-bit floats (E4M3) for GPUs that multiply them (compute capability 8.9 and later).
         activation_bits: Width of activations, where no pass before asked for another (`mixed-precision`).
         weight_bits: The same for weights.
         weights: Whether to quantize weights too; without it a later `round` does.
@@ -62,6 +63,7 @@ class InsertQdq(Pass):
     float_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     error_samples: Annotated[int, Field(ge=0)] = 4
     correct_bias: bool = True
+    format: Literal["integer", "fp8"] = "integer"
     activation_bits: Annotated[int, Field(ge=3, le=8)] = 8
     weight_bits: Annotated[int, Field(ge=3, le=8)] = 8
     weights: bool = True
@@ -69,16 +71,21 @@ class InsertQdq(Pass):
     tables: bool = True
     center: bool = True
 
+    def __post_init__(self) -> None:
+        if self.format == "fp8" and (self.activation_bits, self.weight_bits) != (8, 8):
+            raise ValueError("format fp8 has 8 bits; activation_bits and weight_bits are for integers")
+        if self.format == "fp8" and self.ranges in ("mse", "entropy"):
+            raise ValueError(f"ranges: {self.ranges} is for equal steps, which fp8 does not have; take min-max or percentile")
+
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
         if self.allow_no_effect:
             return
-        spec = replace(target.activation, bits=4 if self.activation_bits == 4 else 8)
-        if spec.storage not in target.activation_storage:
+        target = self._formatted(target)
+        if target.activation.storage not in target.activation_storage:
             raise TargetError(
-                f"{target.name} does not take {spec.storage} activations.", where=f"activation_bits: {self.activation_bits}",
-                expected=f"bits stored as {' or '.join(sorted(target.activation_storage))}",
-                hint="ask for more bits, or take another target",
+                f"{target.name} does not take {target.activation.storage} activations.", where=f"pass {self.name}, format: {self.format}",
+                expected=f"codes stored as {' or '.join(sorted(target.activation_storage))}", hint="take another format, or another target",
             )  # fmt: skip
         plan = self._place(model, target)
         if not plan.readers:
@@ -89,15 +96,16 @@ class InsertQdq(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        plan = self._place(model, ctx.target)
-        formats = _formats.formats(plan, self._estimator(), ctx, center=self.center)
-        errors = self._errors(plan, formats, ctx)
-        plan = self._place(model, ctx.target, self._worst(plan, errors, ctx))
+        target = self._formatted(ctx.target)
+        plan = self._place(model, target)
+        formats = _formats.formats(plan, self._estimator(), target, ctx, center=self.center and self.format == "integer")
+        errors = self._errors(plan, formats, target, ctx)
+        plan = self._place(model, target, self._worst(plan, errors, ctx))
         for node, reason in plan.skipped:
             ctx.skip(node, reason)
         if self.correct_bias:
             _correct(plan, errors, ctx)
-        self._insert(plan, formats, ctx)
+        self._insert(plan, formats, target, ctx)
         for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight, ctx.target))
         ctx.edit.prune()
@@ -106,14 +114,17 @@ class InsertQdq(Pass):
         default = Bits(self.weight_bits, self.activation_bits)
         return _placement.place(model, target, exclude=self.exclude, keep_float=keep_float, default=default, attention=self.attention)
 
+    def _formatted(self, target: Target) -> Target:
+        return target.in_floats() if self.format == "fp8" else target
+
     def _estimator(self) -> Estimator:
         return ranges.Percentile(self.percentile) if self.ranges == "percentile" else ranges.ESTIMATORS[self.ranges]()
 
-    def _errors(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> dict[ir.Node, LayerError]:
+    def _errors(self, plan: Placement, formats: Mapping[ir.Value, Format], target: Target, ctx: PassContext) -> dict[ir.Node, LayerError]:
         """What quantizing each layer alone, as it is about to be, does to its own output."""
         if not self.error_samples:
             return {}
-        copies = [Twin(node.name or "", self._weight_spec(node, plan, ctx.target), formats[linear.data_of(node)]) for node in plan.anchors]
+        copies = [Twin(node.name or "", self._weight_spec(node, plan, target), formats[linear.data_of(node)]) for node in plan.anchors]
         errors = twins.measure(ctx.model, copies, ctx.calib.take(self.error_samples))
         return dict(zip(plan.anchors, errors, strict=True))
 
@@ -137,35 +148,36 @@ class InsertQdq(Pass):
         spec = target.weight if self.per_channel else replace(target.weight, granularity=PerTensor())
         return qdq.spec_for_weight(node, replace(spec, bits=bits))
 
-    def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], ctx: PassContext) -> None:
+    def _insert(self, plan: Placement, formats: Mapping[ir.Value, Format], target: Target, ctx: PassContext) -> None:
         for node in [*plan.anchors, *plan.weights_only]:
             format_ = formats[linear.data_of(node)] if node in plan.anchors else None
-            self._insert_weight(node, self._weight_spec(node, plan, ctx.target), format_, ctx)
+            self._insert_weight(node, self._weight_spec(node, plan, target), format_, target, ctx)
         for value, readers in plan.readers.items():
             spec, qparams = formats[value]
             source, through = value, plan.carriers.get(value, [])
-            if spec.symmetric != ctx.target.activation.symmetric:
+            if spec.symmetric != target.activation.symmetric:
                 source, qparams = _center.insert(ctx.edit, value, qparams)
                 spec, through = replace(spec, symmetric=True), []
-            result = qdq.insert_pair(ctx.edit, source, qparams, spec, readers, through if spec.bits == 8 else [])
+            narrow = spec.storage in target.activation_storage
+            result = qdq.insert_pair(ctx.edit, source, qparams, spec, readers, through if spec.bits == 8 else [], narrow=narrow)
             if value.is_graph_output() and value in plan.whole:
                 ctx.edit.replace_output(value, result)
 
-    def _insert_weight(self, node: ir.Node, spec: QuantSpec | None, activation: Format | None, ctx: PassContext) -> None:
+    def _insert_weight(self, node: ir.Node, spec: QuantSpec | None, activation: Format | None, target: Target, ctx: PassContext) -> None:
         """Store the weight as `spec` says (None: float), and the bias with it where the target's kernel wants that."""
         weight = ir.constant(linear.weight_of(node))
         assert weight is not None
         params = bias = None
         if spec is not None:
             params = Uniform(spec).fit_weight(weight)
-            if activation is not None and spec.bits == activation[0].bits == 8 and ctx.target.bias_int32 and _takes_int32_bias(node):
+            if activation is not None and spec.bits == activation[0].bits == 8 and target.bias_int32 and _takes_int32_bias(node):
                 bias = ir.constant(linear.bias_of(node))
                 params = qdq.widen_for_bias(params, activation[1], bias)
-        if activation is not None and activation[0].symmetric != ctx.target.activation.symmetric:
+        if activation is not None and activation[0].symmetric != target.activation.symmetric:
             rounded = weight if spec is None or params is None else Uniform(spec).fake_quantize(weight, params)
             _center.compensate(ctx.edit, node, activation[1], rounded)
         if spec is not None and params is not None:
-            qdq.insert_weight(ctx.edit, node, spec, params)
+            qdq.insert_weight(ctx.edit, node, spec, params, narrow=node.op_type in target.narrow_weights)
             if bias is not None and activation is not None:
                 qdq.insert_bias(ctx.edit, node, activation[1], params)
 

@@ -144,7 +144,7 @@ class MixedPrecision(Pass):
     def _formats(self, model: ir.Model, width: int, ctx: PassContext) -> dict[ir.Value, Format]:
         """What `insert-qdq` would make of every activation at this width."""
         plan = self._place(model, ctx.target, Bits(8, width))
-        return _formats.formats(plan, ESTIMATORS[self.ranges](), ctx, center=True)
+        return _formats.formats(plan, ESTIMATORS[self.ranges](), ctx.target, ctx, center=True)
 
     def _losses(self, model: ir.Model, nodes: Sequence[ir.Node], choices: Sequence[Bits], formats: Formats, ctx: PassContext) -> Table:
         """Effect of every choice on the model's outputs, noise over power, without what all choices have in common."""

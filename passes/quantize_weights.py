@@ -72,7 +72,8 @@ class QuantizeWeights(Pass):
                 continue
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
-            error = weight - Uniform(spec).fake_quantize(weight, qdq.insert_weight(ctx.edit, node, spec))
+            qparams = qdq.insert_weight(ctx.edit, node, spec, narrow=node.op_type in ctx.target.narrow_weights)
+            error = weight - Uniform(spec).fake_quantize(weight, qparams)
             power, noise = (float(np.sum(part**2, dtype=np.float64)) for part in (weight, error))
             ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=spec.bits)
         for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:

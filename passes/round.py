@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, precision, qdq
-from graphq.editor import Editor
 from graphq.errors import TargetError
 from graphq.exclude import require_matches
 from graphq.noise import decibel
@@ -133,7 +132,7 @@ class Round(Pass):
         sums = sums.moved(rounded.weight - weight)
         if takes_mean:
             sums, shift = sums.moved(np.zeros(weight.shape), sums.mean_lack), shift + sums.mean_lack
-        _store(ctx.edit, layer, spec, rounded)
+        _store(ctx, layer, spec, rounded)
         if shift.any():
             _bias.shift(ctx.edit, node, shift.reshape(-1))
         ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), **numbers)
@@ -149,9 +148,10 @@ def _of_rows(granularity: Granularity) -> Granularity:
     return PerGroup(1, granularity.size) if isinstance(granularity, PerGroup) else PerAxis(0)
 
 
-def _store(edit: Editor, layer: Layer, spec: QuantSpec, rounded: Rounded) -> None:
+def _store(ctx: PassContext, layer: Layer, spec: QuantSpec, rounded: Rounded) -> None:
     """Put codes [G, O, D] in the place of the layer's weight, with the qparams of its rows."""
     qparams = rounded.qparams
     if isinstance(spec.granularity, PerGroup):
         qparams = QParams(layer.stored(qparams.scale[None]), layer.stored(qparams.zero_point[None]))
-    qdq.insert_weight(edit, layer.node, spec, qparams, layer.stored(rounded.codes).astype(np.int8 if spec.signed else np.uint8))
+    codes = layer.stored(rounded.codes).astype(np.int8 if spec.signed else np.uint8)
+    qdq.insert_weight(ctx.edit, layer.node, spec, qparams, codes, narrow=layer.node.op_type in ctx.target.narrow_weights)

@@ -96,7 +96,7 @@ def facts(model: ir.Model, layers: Sequence[Layer]) -> EngineFacts:
     holders: dict[str, Layer] = {name: layer for layer in layers if layer.multiplies for name in layer.nodes}
     nodes = [node for node in model.graph if not node.domain and node.op_type in linear.LINEAR_OPS]
     found = [_precision(node, holders) for node in nodes]
-    unfused = [name for node, one in zip(nodes, found, strict=True) if one.got and one.asked != one.got for name in _quantizers(node)]
+    unfused = [name for node, one in zip(nodes, found, strict=True) if one.is_lost for name in _quantizers(node)]
     tactics = [layer.tactic for layer in layers if layer.multiplies]
     later = any(_CHOSEN_LATER in tactic for tactic in tactics) or not any(tactics)
     sparse = None if later else sum("sparse" in tactic.lower() for tactic in tactics)

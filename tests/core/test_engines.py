@@ -36,3 +36,12 @@ def test_counts_tell_apart_what_was_asked_and_got() -> None:
     assert dict(EngineFacts(4, tuple(nodes), (), None).counts) == {
         "int8 x int8": 2, "int8 x int8 -> int8 x float32": 1, "int8 x int8 -> unknown": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "got", "is_lost"), [
+    ("int8 x int8", "int8 x int8", False), ("int8 x int8", "int8 x float32", True), ("int8 x int8", "", False),
+    ("int8 x int4", "int8 x int8", False), ("float16 x int4", "float16 x float16", True), ("float32 x int8", "int8 x float32", False),
+    ("float32 x float32", "float32 x float32", False),
+])  # fmt: skip
+def test_what_is_lost(asked: str, got: str, is_lost: bool) -> None:
+    assert NodePrecision("n", asked, got, "l").is_lost == is_lost

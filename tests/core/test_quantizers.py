@@ -216,3 +216,37 @@ def test_wrong_shapes_and_qparams_are_refused():
     for scale in (*bad, np.asarray(1.0), np.ones(2, np.float32)):
         with pytest.raises(ValueError, match="scale"):
             QParams(scale, zero)
+
+
+@pytest.mark.parametrize(("grid", "bits", "opset", "granularity"), [
+    ("e4m3", 8, 19, PerTensor()), ("e4m3", 8, 19, PerAxis(1)), ("e4m3", 8, 21, PerGroup(0, 16)), ("e2m1", 4, 23, PerTensor()),
+    ("e2m1", 4, 23, PerGroup(1, 16)),
+])  # fmt: skip
+def test_small_floats_equal_onnx_bit_for_bit(grid: str, bits: int, opset: int, granularity: object) -> None:
+    """Ties, subnormals, what lies beyond the largest, and every code itself."""
+    spec = QuantSpec(bits, granularity=granularity, grid=grid)
+    rng, quantizer = np.random.default_rng(0), Uniform(spec)
+    x = (rng.standard_normal((32, 48)) * np.exp(rng.uniform(-9, 6, (32, 48)))).astype(np.float32)
+    qparams = quantizer.fit_weight(x / 2)
+    assert spec.opset == opset
+    codes, kind = quantizer.quantize(x, qparams), helper.np_dtype_to_tensor_dtype(quantizer.quantize(x, qparams).dtype)
+    attributes = {} if isinstance(granularity, PerTensor) else {"axis": granularity.axis}
+    attributes |= {"block_size": granularity.size} if isinstance(granularity, PerGroup) else {}
+    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes),
+             helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes)]
+    zeros = numpy_helper.from_array(np.zeros(qparams.scale.shape, codes.dtype), "z")
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, x.shape)],
+                              [helper.make_tensor_value_info("q", kind, x.shape), helper.make_tensor_value_info("y", 1, x.shape)],
+                              [numpy_helper.from_array(qparams.scale, "s"), zeros])  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    made, floats = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_array_equal(codes.astype(np.float32), np.asarray(made).astype(np.float32))
+    np.testing.assert_array_equal(quantizer.dequantize(codes, qparams), floats)
+    np.testing.assert_array_equal(quantizer.fake_quantize(x, qparams), floats)
+    assert np.abs(codes.astype(np.float32)).max() == spec.qmax == -spec.qmin
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 4}, {"symmetric": False}, {"signed": False}])
+def test_small_floats_have_one_form(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="e4m3"):
+        QuantSpec(**({"grid": "e4m3"} | wrong))
