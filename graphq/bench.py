@@ -42,6 +42,9 @@ ENGINES = (".engine", ".plan", ".trt")
 SECONDS = 2.0
 """For each model on each runtime and batch size, about."""
 
+_RANDOM = 10_000_000
+"""Random samples to take a batch of any size from; they are made when they are read."""
+
 
 def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: str | Path | None = None,
           preprocess: str | Path | None = None, batches: Sequence[int] = (), threads: int = 0, seconds: float = SECONDS,
@@ -69,11 +72,11 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
     earlier = {str(path): read(path) for path in paths if path.suffix.lower() == ".json"}
     fresh = [path for path in paths if path.suffix.lower() != ".json"]
     require_one_machine({"this machine": machine} if fresh else {}, earlier)
-    subjects = _subjects(fresh, data, preprocess, max(batches, default=0), seed)
+    subjects = _subjects(fresh, data, preprocess, seed)
     chosen, notes = (runtimes, []) if runtimes else _runtimes_here(machine)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
-        one = _Run(Path(folder), machine, threads, seconds, rounds, progress, datetime.now(UTC).isoformat(timespec="seconds"), {})
+        one = _Run(Path(folder), machine, threads, seconds, rounds, progress, datetime.now(UTC).isoformat(timespec="milliseconds"), {})
         sizes = batches or (next((fixed for subject in subjects if (fixed := subject.data.fixed_batch)), 1),)
         for name in dict.fromkeys(chosen) if subjects else ():
             for batch in sizes:
@@ -113,10 +116,10 @@ class _Subject:
             raise ModelError(f"The model takes exactly {fixed} samples at once.")
         if len(self.data) < batch:
             raise ModelError(f"There are only {len(self.data)} samples of data.")
-        return next(self.data.batches(batch))
+        return next(self.data.batches(batch, [0]))
 
 
-def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | Path | None, batch: int, seed: int) -> list[_Subject]:
+def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | Path | None, seed: int) -> list[_Subject]:
     """The models with their inputs. An engine does not tell its inputs without a GPU: it gets those of the first ONNX model."""
     found: dict[Path, _Subject] = {}
     for path in [path for path in paths if path.suffix.lower() not in ENGINES]:
@@ -124,7 +127,7 @@ def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | 
         size = path.stat().st_size + sum(file.stat().st_size for file in report.external_files(path, model))
         try:
             inputs = ir.inputs(model)
-            samples = random_calibration(inputs, batch or 1, seed) if data is None else open_data(data, model, preprocess, seed)
+            samples = random_calibration(inputs, _RANDOM, seed) if data is None else open_data(data, model, preprocess, seed)
         except GraphqError as error:
             error.add_note(f"  model: {path}")
             raise

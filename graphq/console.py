@@ -7,6 +7,7 @@ character.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,18 +288,21 @@ def benchmarks(found: BenchResult) -> None:
     """What `graphq bench` prints."""
     say(str(found.machine), style="bold")
     measured = [row for row in found.rows if row.reason is None]
+    names = {row.model: os.path.basename(row.model) for row in found.rows}
+    if len(set(names.values())) < len(names):
+        names = {path: path for path in names}
     several, on_gpu = len({row.run for row in found.rows}) > 1, any(row.gpu_mib is not None for row in measured)
     right = ("batch", "median", "95 %", "samples/s", "memory", *(["GPU memory"] if on_gpu else []), "size", "speed-up")
     columns: list[Column] = [*(["run"] if several else []), "model", "runtime", *((name, "right") for name in right)]  # type: ignore[list-item]
     if measured:
         table(columns, [
-            (*([row.run[:19].replace("T", " ")] if several else []), row.model, f"{row.runtime} {row.version}", row.batch,
+            (*([row.run[:19].replace("T", " ")] if several else []), names[row.model], f"{row.runtime} {row.version}", row.batch,
              milliseconds(row.median_ms), milliseconds(row.p95_ms), three_digits(row.samples_per_s), mebibytes(row.peak_mib),
-             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), "-" if row.speedup is None else f"{row.speedup:.2f}")
+             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), three_digits(row.speedup))
             for row in measured
         ])  # fmt: skip
     for row in found.rows:
         if row.reason is not None:
-            say(f"Not measured: {row.model} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")
+            say(f"Not measured: {names[row.model]} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")
     for note in found.notes:
         say(f"Note: {note}", style="dim")
