@@ -30,7 +30,7 @@ from graphq.backends.turns import Worker, WorkerError, take_turns
 from graphq.bench_result import BenchResult, Row, Turns, read, require_one_machine, speedup, times
 from graphq.calibration import CalibrationSet, from_columns, random_calibration
 from graphq.data import open_data
-from graphq.errors import GraphqError, ModelError, UsageError
+from graphq.errors import DataError, GraphqError, ModelError, TargetError, UsageError
 from graphq.machine import Machine, this_machine
 from graphq.names import unknown_name
 from graphq.pipeline import Progress, no_progress
@@ -81,10 +81,10 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
         for name in dict.fromkeys(chosen) if subjects else ():
             for batch in sizes:
                 rows += one.side_by_side(name, batch, subjects)
-    rows += [row for found in earlier.values() for row in found.rows]
+    old = dict.fromkeys(row for found in earlier.values() for row in found.rows)
     if not fresh and earlier:
         machine = next(iter(earlier.values())).machine
-    return BenchResult(graphq=__version__, machine=machine, rows=tuple(dict.fromkeys(rows)), notes=tuple(notes if subjects else ()))
+    return BenchResult(graphq=__version__, machine=machine, rows=(*rows, *old), notes=tuple(notes if subjects else ()))
 
 
 def _runtimes_here(machine: Machine) -> tuple[list[str], list[str]]:
@@ -113,9 +113,9 @@ class _Subject:
         """Arrays of `batch` samples. Raises GraphqError if there are no such."""
         fixed = self.data.fixed_batch
         if fixed not in (None, batch):
-            raise ModelError(f"The model takes exactly {fixed} samples at once.")
+            raise DataError(f"The model takes exactly {fixed} samples at once.")
         if len(self.data) < batch:
-            raise ModelError(f"There are only {len(self.data)} samples of data.")
+            raise DataError(f"There are only {len(self.data)} samples of data.")
         return next(self.data.batches(batch, [0]))
 
 
@@ -194,18 +194,19 @@ class _Run:
     def _require_runtime(self, name: str) -> None:
         runtime = RUNTIMES[name]
         if not runtime.is_installed():
-            raise UsageError(f"{name} is not installed (pip install {runtime.distribution}).")
+            raise TargetError(f"{name} is not installed (pip install {runtime.distribution}).")
         if runtime.needs_gpu and not self.machine.gpu:
-            raise UsageError("There is no NVIDIA GPU on this machine.")
+            raise TargetError("There is no NVIDIA GPU on this machine.")
 
     def _job(self, subject: _Subject, name: str, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
         """What a worker is told; builds the engine first where the runtime takes engines and the model is none."""
         path = self.folder / f"{len(list(self.folder.iterdir()))}.npz"
-        np.savez(path, **feeds)  # type: ignore[arg-type]
-        job = {"runtime": name, "model": str(subject.path.absolute()), "feeds": str(path), "threads": self.threads}
+        np.savez(path, *feeds.values())  # under no names: one may be that of a parameter of savez
+        job: dict[str, Any] = {"runtime": name, "model": str(subject.path.absolute()), "threads": self.threads}
+        job |= {"feeds": str(path), "inputs": list(feeds)}
         if RUNTIMES[name].provider:
             if subject.is_engine:
-                raise UsageError("An engine runs on tensorrt or tensorrt-rtx only.")
+                raise TargetError("An engine runs on tensorrt or tensorrt-rtx only.")
         elif not subject.is_engine:
             key = (subject.path, name)
             if key not in self.engines:

@@ -32,7 +32,10 @@ def _parse_seconds(text: str | float) -> float:
     return seconds
 
 
-Batches = Annotated[Any, typer.Option("--batch", metavar="N,N,...", parser=parse_batches, help="Samples a call; 1 without it.")]
+Batches = Annotated[
+    Any,
+    typer.Option("--batch", metavar="N,N,...", parser=parse_batches, help="Samples a call; without it what the models are fixed to, or 1."),
+]  # fmt: skip
 Runtimes = Annotated[
     list[str] | None,
     typer.Option("--runtime", metavar="NAME", help=f"{', '.join(RUNTIMES)}; repeatable. All that work here without it."),

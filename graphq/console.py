@@ -108,6 +108,10 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{three_digits(value)} ms"
 
 
+def factor(value: float | None) -> str:
+    return f"{value:.2f}" if value is not None and value >= 0.1 else three_digits(value)
+
+
 def mebibytes(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} MiB"
 
@@ -298,7 +302,7 @@ def benchmarks(found: BenchResult) -> None:
         table(columns, [
             (*([row.run[:19].replace("T", " ")] if several else []), names[row.model], f"{row.runtime} {row.version}", row.batch,
              milliseconds(row.median_ms), milliseconds(row.p95_ms), three_digits(row.samples_per_s), mebibytes(row.peak_mib),
-             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), three_digits(row.speedup))
+             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup))
             for row in measured
         ])  # fmt: skip
     for row in found.rows:

@@ -38,7 +38,7 @@ def main() -> None:
     try:
         job = json.loads(sys.stdin.readline())
         with np.load(job["feeds"]) as arrays:
-            feeds = dict(arrays)
+            feeds = dict(zip(job["inputs"], arrays.values(), strict=True))
         if "engine" in job:
             _build(job, feeds)
             answer(built=True)

@@ -222,7 +222,7 @@ def test_a_worker_builds_a_real_engine_and_says_what_is_refused(tmp_path: Path) 
     head = '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 4, 4] x)'
     ir.save(ir.from_onnx_text(f"{head} => (float[n, 4, 4] y) {{ y = Relu(x) }}"), tmp_path / "relu.onnx")
     ir.save(ir.from_onnx_text(f"{head} => (float[n] y) {{ y = Det(x) }}"), tmp_path / "det.onnx")
-    job = {"runtime": "tensorrt-rtx", "feeds": str(tmp_path / "x.npz"), "engine": str(tmp_path / "m.engine")}
+    job = {"runtime": "tensorrt-rtx", "feeds": str(tmp_path / "x.npz"), "inputs": ["x"], "engine": str(tmp_path / "m.engine")}
     with Worker({**job, "model": str(tmp_path / "relu.onnx")}) as worker:
         assert worker.start() == {"built": True}
     assert (tmp_path / "m.engine").read_bytes().startswith(b"vtrt")

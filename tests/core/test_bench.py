@@ -34,6 +34,7 @@ def saved(folder: Path, name: str, text: str) -> Path:
 
 
 def relu(folder: Path, batch: str = "n", name: str = "relu.onnx") -> Path:
+    """Four columns of `x`."""
     return saved(folder, name, f"g (float[{batch}, 4] x) => (float[{batch}, 4] y) {{ y = Relu(x) }}")
 
 
@@ -126,7 +127,7 @@ def test_there_are_some_rounds_however_short_the_time() -> None:
 
 def test_a_worker_that_dies_says_how(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.ones((1, 4), np.float32))
-    job = {"runtime": "onnxruntime", "model": str(relu(tmp_path)), "feeds": str(tmp_path / "x.npz"), "threads": 0}
+    job = {"runtime": "onnxruntime", "model": str(relu(tmp_path)), "feeds": str(tmp_path / "x.npz"), "inputs": ["x"], "threads": 0}
     with Worker(job) as worker:
         assert worker.start()["version"]
         worker._process.kill()
@@ -176,6 +177,11 @@ def test_batches_that_cannot_be_fed_are_rows_with_the_reason(tmp_path: Path) -> 
 
 def test_without_a_batch_size_it_is_the_fixed_one(tmp_path: Path) -> None:
     assert [(row.batch, row.reason) for row in run(relu(tmp_path), relu(tmp_path, "3", "fixed.onnx")).rows] == [(3, None)] * 2
+
+
+def test_inputs_may_have_any_name(tmp_path: Path) -> None:
+    found = run(saved(tmp_path, "m.onnx", "g (float[n, 4] file, float[n, 4] args) => (float[n, 4] y) { y = Sub(file, args) }"))
+    assert (found.rows[0].inputs, found.rows[0].reason) == ("file float32[1, 4], args float32[1, 4]", None)
 
 
 def test_size_counts_external_data(tmp_path: Path) -> None:
