@@ -8,6 +8,7 @@ never compares times that are far apart. Median and 95th percentile are those of
 
 Times are one call after the other, so that throughput is that of one stream of calls. Memory is the largest resident set of the process,
 the interpreter and the runtime included (about 60 MiB for ONNX Runtime); GPU memory is what loading and warming up took from the device.
+TensorRT gets an engine that is built for exactly the shapes that it is timed with, or the engine that was given.
 Clocks and power limits are left as they are.
 """
 
@@ -76,7 +77,7 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
     chosen, notes = (runtimes, []) if runtimes else _runtimes_here(machine)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
-        one = _Run(Path(folder), machine, threads, seconds, rounds, progress, datetime.now(UTC).isoformat(timespec="milliseconds"), {})
+        one = _Run(Path(folder), machine, threads, seconds, rounds, progress, datetime.now(UTC).isoformat(timespec="milliseconds"))
         sizes = batches or (next((fixed for subject in subjects if (fixed := subject.data.fixed_batch)), 1),)
         for name in dict.fromkeys(chosen) if subjects else ():
             for batch in sizes:
@@ -155,7 +156,7 @@ def _engine_data(engine: Path, data: str | Path | None) -> CalibrationSet:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all rows of one run share; `engines` are those built so far, by model and runtime."""
+    """What all rows of one run share."""
 
     folder: Path
     machine: Machine
@@ -164,7 +165,6 @@ class _Run:
     rounds: int | None
     progress: Progress
     started: str
-    engines: dict[tuple[Path, str], Path]
 
     def side_by_side(self, name: str, batch: int, subjects: Sequence[_Subject]) -> list[Row]:
         """One row for each model, on one runtime with one batch size."""
@@ -208,13 +208,10 @@ class _Run:
             if subject.is_engine:
                 raise TargetError("An engine runs on tensorrt or tensorrt-rtx only.")
         elif not subject.is_engine:
-            key = (subject.path, name)
-            if key not in self.engines:
-                engine = path.with_suffix(".engine")
-                with Worker({**job, "engine": str(engine)}) as builder:
-                    builder.start()
-                self.engines[key] = engine
-            job["model"] = str(self.engines[key])
+            engine = str(path.with_suffix(".engine"))
+            with Worker({**job, "engine": engine}) as builder:
+                builder.start()
+            job["model"] = engine
         return job
 
 

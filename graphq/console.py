@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from graphq.engines import EngineFacts
     from graphq.bench_result import BenchResult
+    from graphq.engines import EngineFacts
     from graphq.inspect import Inspection
     from graphq.kernels_used import KernelsUsed
     from graphq.report import OutputComparison, Report

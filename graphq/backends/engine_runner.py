@@ -17,6 +17,7 @@ import numpy as np
 
 from graphq.backends.cuda import Cuda
 from graphq.backends.runners import RUNTIMES, Run
+from graphq.backends.tensorrt_log import log_of
 from graphq.errors import TargetError
 
 
@@ -28,12 +29,12 @@ def engine_runner(engine: Path, feeds: Mapping[str, np.ndarray], name: str) -> I
         TargetError: there is no GPU, the engine is not for this GPU or this version, or its profile does not admit the feeds.
     """
     cuda, trt = Cuda(), import_module(RUNTIMES[name].module)
-    log = _log(trt)
+    log = log_of(trt)
     runtime = trt.Runtime(log)
     loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
     context = loaded.create_execution_context() if loaded is not None else None
     if context is None:
-        raise TargetError(f"{name} cannot load the engine.", where=log.last, expected="one that this version wrote for this GPU",
+        raise TargetError(f"{name} cannot load the engine.", where=log.last_error, expected="one that this version wrote for this GPU",
                           hint="build it again on this machine")  # fmt: skip
     kept = _bind(trt, loaded, context, feeds, cuda)
     stream, start, end = cuda.stream(), cuda.event(), cuda.event()
@@ -41,7 +42,7 @@ def engine_runner(engine: Path, feeds: Mapping[str, np.ndarray], name: str) -> I
     def run() -> float:
         cuda.record(start, stream)
         if not context.execute_async_v3(stream.value):
-            raise TargetError(f"{name} cannot run the engine.", where=log.last)
+            raise TargetError(f"{name} cannot run the engine.", where=log.last_error)
         cuda.record(end, stream)
         return cuda.milliseconds(start, end)
 
@@ -73,18 +74,3 @@ def _bind(trt: Any, engine: Any, context: Any, feeds: Mapping[str, np.ndarray], 
         else:
             context.set_tensor_address(name, cuda.allocate(math.prod(shape) * item))
     return kept
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps the last error, and prints nothing."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = "it gave no reason"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.last = message.strip()[:300]
-
-    return Log()

@@ -1,5 +1,6 @@
 """Measuring side by side: figures from given times, who computes when, what a result holds, and what is refused. Nothing is timed."""
 
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -201,6 +202,19 @@ def test_without_a_gpu_its_runtimes_say_so(monkeypatch: pytest.MonkeyPatch, tmp_
     assert without_package == "tensorrt is not installed (pip install tensorrt)."
     found = run(relu(tmp_path), runtimes=())
     assert not found.rows and found.notes == ("tensorrt-rtx is installed, but there is no NVIDIA GPU.",)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
+                    reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")  # fmt: skip
+def test_an_engine_is_built_and_then_needs_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it goes without a GPU: the real builder makes the engine, the process that is to run it finds no driver."""
+    if this_machine().gpu:
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(MODULE, "this_machine", lambda: replace(HERE, gpu="NVIDIA Pretence", driver="1"))
+    det = saved(tmp_path, "det.onnx", "g (float[n, 4, 4] x) => (float[n] y) { y = Det(x) }")
+    ran, refused = run(relu(tmp_path), det, runtimes=["tensorrt-rtx"], batches=(64,)).rows
+    assert (ran.reason or "").startswith("There is no NVIDIA driver on this machine.") and ran.inputs == "x float32[64, 4]"
+    assert (refused.reason or "").startswith("The parser of tensorrt-rtx refuses this model. Det")
 
 
 # ---- results of earlier runs ----------------------------------------------------------------------------------------
