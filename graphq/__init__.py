@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graphq.errors import DataError, GraphqError, ModelError, RecipeError, TargetError, UsageError, VerifyError
 
 if TYPE_CHECKING:
+    from graphq.bench import bench
     from graphq.convert import convert
     from graphq.pipeline import Pass
     from graphq.recipe import Recipe, load_recipe
@@ -23,10 +24,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataError", "GraphqError", "ModelError", "Pass", "QuantSpec", "Recipe", "RecipeError", "Report", "TargetError", "UsageError",
-    "VerifyError", "convert", "load_recipe",
+    "VerifyError", "bench", "convert", "load_recipe",
 ]  # fmt: skip
 
-_LAZY = {"Pass": "pipeline", "QuantSpec": "spec", "Recipe": "recipe", "Report": "report", "convert": "convert", "load_recipe": "recipe"}
+_LAZY = {"Pass": "pipeline", "QuantSpec": "spec", "Recipe": "recipe", "Report": "report", "bench": "bench", "convert": "convert",
+         "load_recipe": "recipe"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from graphq import __version__, console
+from graphq.cli_bench import bench
 from graphq.cli_options import (
     ARRAYS,
     Calib,
@@ -162,6 +163,9 @@ def compare(
     console.comparisons(found)
     if data is None:
         console.say("Note: these are RANDOM inputs; give --data for numbers that mean something.", style="bold yellow")
+
+
+app.command()(bench)
 
 
 @app.command()

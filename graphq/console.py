@@ -6,6 +6,8 @@ character.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from graphq.bench_result import BenchResult
     from graphq.engines import EngineFacts
     from graphq.inspect import Inspection
     from graphq.kernels_used import KernelsUsed
@@ -92,6 +95,25 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def three_digits(value: float | None) -> str:
+    """A positive number with three digits, or with all those before the point."""
+    if value is None:
+        return "-"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{three_digits(value)} ms"
+
+
+def factor(value: float | None) -> str:
+    return f"{value:.2f}" if value is not None and value >= 0.1 else three_digits(value)
+
+
+def mebibytes(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} MiB"
 
 
 def decibel(value: float) -> str:
@@ -264,3 +286,27 @@ def sensitivities(found: Sensitivity) -> None:
         "total, with this one too.", style="dim")  # fmt: skip
     if found.random:
         say("Note: these are RANDOM inputs; give --calib for numbers that mean something.", style="bold yellow")
+
+
+def benchmarks(found: BenchResult) -> None:
+    """What `graphq bench` prints."""
+    say(str(found.machine), style="bold")
+    measured = [row for row in found.rows if row.reason is None]
+    names = {row.model: os.path.basename(row.model) for row in found.rows}
+    if len(set(names.values())) < len(names):
+        names = {path: path for path in names}
+    several, on_gpu = len({row.run for row in found.rows}) > 1, any(row.gpu_mib is not None for row in measured)
+    right = ("batch", "median", "95 %", "samples/s", "memory", *(["GPU memory"] if on_gpu else []), "size", "speed-up")
+    columns: list[Column] = [*(["run"] if several else []), "model", "runtime", *((name, "right") for name in right)]  # type: ignore[list-item]
+    if measured:
+        table(columns, [
+            (*([row.run[:19].replace("T", " ")] if several else []), names[row.model], f"{row.runtime} {row.version}", row.batch,
+             milliseconds(row.median_ms), milliseconds(row.p95_ms), three_digits(row.samples_per_s), mebibytes(row.peak_mib),
+             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup))
+            for row in measured
+        ])  # fmt: skip
+    for row in found.rows:
+        if row.reason is not None:
+            say(f"Not measured: {names[row.model]} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")
+    for note in found.notes:
+        say(f"Note: {note}", style="dim")

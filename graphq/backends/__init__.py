@@ -1,1 +1,1 @@
-"""Writing results: each backend turns a verified model into a file, which appears only when it is complete."""
+"""Runtimes: a backend turns a verified model into a file, which appears only when it is complete; a runner runs and times one."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graphq.pipeline import Progress
+if TYPE_CHECKING:
+    from graphq.pipeline import Progress
 
 _NOISE = re.compile(r"Invalid Node - |\[checkMacros\.cpp|\s*$")  # lines around the parser's and builder's own words
 _SOURCE_POSITION = re.compile(r"\.? In \S+ at \S+:\d+")
