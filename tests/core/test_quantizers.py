@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from graphq.quantizers import MIN_SCALE, QParams, Uniform, qparams_shape
