@@ -126,14 +126,14 @@ def _wide(  # type: ignore[no-untyped-def]
     stride_xm, stride_xk,
     # group size, 0 for one scale a channel
     G: tl.constexpr,
-    # meta-parameters: a program makes BLOCK_N channels of BLOCK_M rows; ORDER programs share their channels before the next
+    # meta-parameters: a program makes BLOCK_N channels of BLOCK_M rows; ORDER rows of programs go over all channels before the next do
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
     EVEN_K: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_K // 2
     width = tl.cdiv(K, 64) * 32
-    tile_m, tile_n = tl.swizzle2d(tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N),
-                                  tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), ORDER)  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tl.swizzle2d(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, tiles_m, tiles_n, ORDER)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = n % N  # beyond the last, rows and channels are computed again and not stored
