@@ -31,7 +31,8 @@ class Compiled:
         name: Its entry point.
         ptx: Text that a driver compiles for the GPU at hand.
         cubin: Machine code for one architecture.
-        parameters: Types of its parameters, as PTX names them; the last two are scratch memory that these kernels leave alone.
+        scalars: The integers that it takes after its pointers, int32, in order.
+        parameters: Types of all parameters, as PTX names them; the last two are pointers to scratch memory that these kernels leave alone.
         threads: Of a program.
         shared_bytes: Dynamic shared memory of a program, to be asked for at launch.
     """
@@ -39,6 +40,7 @@ class Compiled:
     name: str
     ptx: str
     cubin: bytes
+    scalars: tuple[str, ...]
     parameters: tuple[str, ...]
     threads: int
     shared_bytes: int
@@ -91,6 +93,7 @@ def compile_launch(launch: Launch, arch: int, unaligned: Collection[str] = ()) -
         name=made.metadata.name,
         ptx=made.asm["ptx"],
         cubin=made.asm["cubin"],
+        scalars=tuple(name for name in launch.scalars if name not in fixed),
         parameters=tuple(re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", head)),
         threads=made.metadata.num_warps * 32,
         shared_bytes=made.metadata.shared,

@@ -9,6 +9,9 @@ README.md says why each trick is there. Layout, shapes, reference: `graphq.ops`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from math import inf
 from typing import TYPE_CHECKING
 
 import triton
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 # (bfloat16), from which the multiply-add takes 1024 + 8 or 128 + 8. 4 bytes, 8 weights, 11 instructions, all exact.
 _UNPACK = """{{
     .reg .b32 low, high, one, offset;
-    and.b32 low, $4, 0x0F0F0F0F;
     shr.u32 high, $4, 4;
+    and.b32 low, $4, 0x0F0F0F0F;
     and.b32 high, high, 0x0F0F0F0F;
     mov.b32 one, {one};
     mov.b32 offset, {offset};
@@ -48,10 +51,10 @@ _UNPACK_BFLOAT16 = tl.constexpr(_UNPACK.format(type="bf16", byte="0x43434343", o
 def _codes(packed, dtype: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Low and high codes of packed bytes, uint8 of any shape, as two tensors of `dtype`."""
     if ASM and dtype == tl.float16:
-        low, high = tl.inline_asm_elementwise(_UNPACK_FLOAT16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16),
+        low, high = tl.inline_asm_elementwise(_UNPACK_FLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16),
                                               is_pure=True, pack=4)  # fmt: skip
     elif ASM:
-        low, high = tl.inline_asm_elementwise(_UNPACK_BFLOAT16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16),
+        low, high = tl.inline_asm_elementwise(_UNPACK_BFLOAT16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16),
                                               is_pure=True, pack=4)  # fmt: skip
     else:
         low = ((packed & 15).to(tl.int32) - 8).to(dtype)
@@ -170,15 +173,26 @@ def _wide(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-_DECODE = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_SKINNY = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_SKINNY_DEEP = ((8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)))
 TABLE: Table = {
-    80: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 64, 8, 3))),
-    86: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 64, 8, 3))),
-    89: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 64, 8, 3))),
-    90: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 64, 8, 3))),
-    120: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 64, 8, 3))),
+    80: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    86: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    90: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
 }
 """README.md has the reasoning."""
+
+
+def configs(m: int) -> Iterator[Config]:
+    """Configurations worth timing for M rows; not each fits into each GPU."""
+    if m <= 16:
+        for n, k, warps, stages in product((16, 32), (64, 128), (4, 8), (2, 3, 4)):
+            yield Config(8 if m <= 8 else 16, n, k, warps, stages, split=True)
+    for rows_, n, k, warps, stages in product((16, 32, 64, 128, 256), (64, 128), (64, 128), (4, 8), (3, 4)):
+        if 8 <= rows_ * n // (warps * 32) <= 128 and rows_ <= max(64, m):
+            yield Config(rows_, n, k, warps, stages)
 
 
 def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None, strides: tuple[int, int] | None = None) -> Launch:
@@ -186,7 +200,7 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
 
     Args:
         dtype: `float16` or `bfloat16`.
-        config: Taken from `TABLE` unless given.
+        config: Taken from `TABLE` unless given; its `k` becomes 64 where that of the table does not divide groups.
         strides: Of x, in elements; by default x is contiguous.
 
     Raises:
@@ -198,9 +212,7 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
     require_rows(config, sizes.m)
     grouped = sizes.g != sizes.k
     block_k = config.k if not grouped or sizes.g % config.k == 0 else 64
-    step = block_k * (config.warps if config.split else 1)
     stride_xm, stride_xk = strides or (sizes.k, 1)
-    programs = triton.cdiv(sizes.n, config.n) * (1 if config.split else triton.cdiv(sizes.m, config.m))
     return Launch(
         function=_skinny if config.split else _wide,
         types=(dtype, "uint8", dtype, dtype, dtype),
@@ -209,20 +221,20 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
             "G": sizes.g if grouped else 0,
             "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": block_k,
             **({"SPLIT": config.warps} if config.split else {"ORDER": 8}),
-            "EVEN_K": sizes.k % step == 0, "STAGES": config.stages,
+            "EVEN_K": sizes.k % (block_k * (config.warps if config.split else 1)) == 0, "STAGES": config.stages,
             # the interpreter has no bfloat16 arithmetic and no assembler
             "OPERAND": tl.float16 if dtype == "float16" else tl.float32 if INTERPRETED else tl.bfloat16, "ASM": not INTERPRETED,
         },
-        programs=programs, warps=config.warps, stages=config.stages,
+        programs=triton.cdiv(sizes.n, config.n) * triton.cdiv(sizes.m, config.m), warps=config.warps, stages=config.stages,
     )  # fmt: skip
 
 
 def w4a16_gemm(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor, out: torch.Tensor,
                config: Config | None = None) -> None:  # fmt: skip
-    """Write `x @ (codes * w_scale) + bias` into `out`; operands as in `graphq.ops`, out contiguous, T `[..., M, N]`. Allocates nothing.
+    """Write the product into `out`; operands as in `graphq.ops`, contiguous but for x; out is T `[..., M, N]`. Allocates nothing.
 
     Raises:
-        UsageError: an operand has a wrong shape or type.
+        UsageError: an operand has a wrong shape, type or layout.
     """
     sizes = ops.check("W4A16Gemm", {"x": x, "weight": weight, "w_scale": w_scale, "bias": bias})
     view = rows(x)

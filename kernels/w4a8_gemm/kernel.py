@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import inf
 from typing import TYPE_CHECKING
 
 import triton
@@ -22,11 +23,12 @@ from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, require
 if TYPE_CHECKING:
     import torch
 
-# 16 times each code, as int8: the nibble stays, or is put, in the upper half of the byte, whose upper bit is turned, since 8 had been added.
+# 16 times each code, as int8: a nibble stays, or is put, in the upper half of its byte, whose upper bit is turned, since 8 was added.
 _UNPACK = tl.constexpr("""{
+    .reg .b32 low;
+    shl.b32 low, $2, 4;
     lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
-    shl.b32 $0, $2, 4;
-    lop3.b32 $0, $0, 0xF0F0F0F0, 0x80808080, 0x6A;
+    lop3.b32 $0, low, 0xF0F0F0F0, 0x80808080, 0x6A;
 }""")
 
 
@@ -34,7 +36,7 @@ _UNPACK = tl.constexpr("""{
 def _codes(packed, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Low and high codes of packed bytes, uint8 of any shape, as two tensors of int8, each times 16."""
     if ASM:
-        low, high = tl.inline_asm_elementwise(_UNPACK, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+        low, high = tl.inline_asm_elementwise(_UNPACK, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
     else:
         low = ((packed << 4) ^ 0x80).to(tl.int8, bitcast=True)
         high = ((packed & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
@@ -159,13 +161,14 @@ def _wide(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, tl.trans(y).to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-_DECODE = ((8, Config(8, 16, 128, 8, 4, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_SKINNY = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_SKINNY_DEEP = ((8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 4, split=True)))
 TABLE: Table = {
-    80: (*_DECODE, (64, Config(64, 64, 128, 4, 4)), (float("inf"), Config(128, 128, 128, 8, 3))),
-    86: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 128, 8, 3))),
-    89: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 128, 8, 3))),
-    90: (*_DECODE, (64, Config(64, 64, 128, 4, 4)), (float("inf"), Config(128, 128, 128, 8, 4))),
-    120: (*_DECODE, (64, Config(64, 64, 128, 4, 3)), (float("inf"), Config(128, 128, 128, 8, 3))),
+    80: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4))),
+    86: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
+    89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
+    90: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4))),
+    120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
 }
 """README.md has the reasoning."""
 
