@@ -1,0 +1,241 @@
+"""Softmax with weights quantized by their logarithm, and the product of such weights with the values. Contract: `graphq.ops_softmax`.
+
+One read, one write: a row stays in registers from its scores to its codes. Parameters stand in the order that TensorRT
+passes them in, inputs, integers, outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from graphq.errors import UsageError
+from graphq.ops_softmax import check_attention
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_NAMES = "float16, bfloat16 or float32"
+ONE_BLOCK = 16384
+"""Columns that a row may have to stay in the registers of one program: 16 a thread with 32 warps."""
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST = tl.constexpr(-3.4028235e38)
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding it to a float of less than 2^22 rounds that half to even and leaves the integer in the low bits."""
+
+
+@triton.jit
+def _log2(x):
+    # The hardware's logarithm is one instruction, good to 2^-22; tl.log2 becomes 25. The interpreter knows tl.log2 alone.
+    return tl.log2(x) if _INTERPRETED else libdevice.fast_log2f(x)
+
+
+@triton.jit
+def _rounded(weight, params):
+    """The code of each weight, plus `_ROUND`."""
+    shift, center, scale = tl.load(params), tl.load(params + 1), tl.load(params + 2)
+    low, high = tl.load(params + 3), tl.load(params + 4)
+    per_octave = 1 / (_LOG2_E * scale)
+    code = _log2(weight + shift) * per_octave - center / scale
+    return tl.minimum(tl.maximum(code, (low - center) / scale), (high - center) / scale) + _ROUND
+
+
+@triton.jit
+def _store(rounded, params, y, rows, columns, width, row, start, PACK: tl.constexpr):
+    """Write codes from column `start` on, as levels, or as nibbles."""
+    BLOCK: tl.constexpr = rounded.shape[1]
+    to = row.to(tl.int64)[:, None] * width
+    if PACK:
+        nibble = rounded.to(tl.int32, bitcast=True) & 15
+        low, high = tl.split(tl.reshape(nibble, [nibble.shape[0], BLOCK // 2, 2]))
+        byte = start // 2 + tl.arange(0, BLOCK // 2)
+        tl.store(y + to + byte[None, :], (low | (high << 4)).to(tl.int8), mask=(row < rows)[:, None] & (byte < width)[None, :])
+    else:
+        shift, center, scale = tl.load(params), tl.load(params + 1), tl.load(params + 2)
+        level = tl.exp2((rounded - _ROUND) * (scale * _LOG2_E) + center * _LOG2_E) - shift
+        column = start + tl.arange(0, BLOCK)
+        tl.store(y + to + column[None, :], level.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):
+    """Scores from column `start` on, in octaves; -inf outside."""
+    column = start + tl.arange(0, BLOCK)
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x + at, mask=inside, other=float("-inf")).to(tl.float32) * _LOG2_E
+
+
+@triton.jit
+def sulq_softmax_rows(
+    x, params,  # [rows, columns], [5]
+    rows, columns, width,
+    y,  # [rows, width]: like x, or int8 if PACK, of half the columns
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Whole rows in one block; short rows share a program, so that it has work for all its threads."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    score = _scores(x, rows, columns, row, 0, BLOCK_COLUMNS)
+    peak = tl.maximum(tl.max(score, axis=1), _LEAST)
+    power = tl.exp2(score - peak[:, None])
+    weight = power * (1 / tl.maximum(tl.sum(power, axis=1), 1.0))[:, None]
+    _store(_rounded(weight, params), params, y, rows, columns, width, row, 0, PACK)
+
+
+@triton.jit
+def sulq_softmax_long(
+    x, params,  # as above
+    rows, columns, width,
+    y,
+    BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """One row a program in blocks: the first round finds peak and sum online (arXiv 1805.02867), the second reads the row again."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    peak = tl.full([1], _LEAST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        score = _scores(x, rows, columns, row, start, BLOCK_COLUMNS)
+        higher = tl.maximum(tl.max(score, axis=1), peak)
+        total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), axis=1)
+        peak = higher
+    share = 1 / tl.maximum(total, 1.0)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        score = _scores(x, rows, columns, row, start, BLOCK_COLUMNS)
+        weight = tl.exp2(score - peak[:, None]) * share[:, None]
+        _store(_rounded(weight, params), params, y, rows, columns, width, row, start, PACK)
+
+
+@triton.jit
+def sulq_attention_value(
+    packed, levels, v,  # [batch, rows, width] int8, [16] float32, [batch, columns, depth]
+    rows, columns, width, depth,
+    y,  # [batch, rows, depth] like v
+    BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of one batch entry. Low and high nibbles meet the even and the odd rows of v in two products, so that
+    no code moves to another thread."""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    lane = tl.arange(0, BLOCK_DEPTH)
+    codes = packed + (batch * rows + row.to(tl.int64)[:, None]) * width
+    values = v + batch * columns * depth + lane[None, :]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
+    for start in range(0, width, BLOCK_BYTES):
+        byte = start + tl.arange(0, BLOCK_BYTES)
+        pair = tl.load(codes + byte[None, :], mask=(row < rows)[:, None] & (byte < width)[None, :], other=0).to(tl.int32)
+        for odd in tl.static_range(2):
+            weight = tl.load(levels + (((pair >> (4 * odd)) & 15) ^ 8)).to(v.dtype.element_ty)
+            key = 2 * byte + odd
+            some = tl.load(values + key[:, None] * depth, mask=(key < columns)[:, None] & (lane < depth)[None, :], other=0.0)
+            if _INTERPRETED:  # multiplies the bits of bfloat16 as integers; as float32 the products are the same
+                weight, some = weight.to(tl.float32), some.to(tl.float32)
+            total = tl.dot(weight, some, total, input_precision="ieee")
+    to = (batch * rows + row.to(tl.int64)[:, None]) * depth + lane[None, :]
+    tl.store(y + to, total.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (lane < depth)[None, :])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is launched: its function, the constants it is compiled with, warps and pipeline stages."""
+
+    function: Any
+    constants: dict[str, int]
+    warps: int
+    stages: int = 1
+
+    def rows(self) -> int:
+        """Rows that one program takes."""
+        return self.constants.get("BLOCK_ROWS", 1)
+
+
+def softmax_tile(columns: int, packed: bool) -> Tile:
+    """The tile for rows of that many columns: 16 elements a thread, at least four warps, so short rows come in groups."""
+    block = max(2, triton.next_power_of_2(columns))
+    if block > ONE_BLOCK:
+        return Tile(sulq_softmax_long, {"BLOCK_COLUMNS": 4096, "PACK": int(packed)}, warps=8)
+    rows = max(1, 2048 // block)
+    return Tile(sulq_softmax_rows, {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": block, "PACK": int(packed)}, warps=max(4, block // 512))
+
+
+def attention_tile(rows: int, depth: int) -> Tile:
+    """The tile for products of `rows` rows of codes with values of width `depth`.
+
+    Raises:
+        UsageError: values are wider than 256.
+    """
+    if depth > 256:
+        raise UsageError(f"Values of width {depth} are too wide for one block.", expected="D of at most 256")
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    constants = {"BLOCK_ROWS": block, "BLOCK_BYTES": 32, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
+    return Tile(sulq_attention_value, constants, warps=4, stages=3)
+
+
+def sulq_softmax(x: torch.Tensor, params: torch.Tensor, packed: bool = False) -> torch.Tensor:
+    """`SULQSoftmax`, or `SULQSoftmaxCodes` if `packed`.
+
+    Args:
+        x: Scores [.., N], float16, bfloat16 or float32; copied if not contiguous. At least one axis, N at least 1.
+        params: As `graphq.ops_softmax.softmax_params` makes them, on the device of x.
+
+    Returns:
+        Levels like x, or codes [.., ceil(N / 2)] int8.
+
+    Raises:
+        UsageError: a type or shape is not one of these.
+    """
+    if x.dtype not in FLOATS or x.ndim < 1 or x.shape[-1] < 1:
+        raise UsageError(
+            f"Scores of shape {list(x.shape)} and type {x.dtype} have no softmax here.", expected=f"[.., N], N >= 1, {FLOAT_NAMES}"
+        )
+    _require("params", params, (5,), torch.float32)
+    x, columns = x.contiguous(), x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], (columns + 1) // 2, dtype=torch.int8) if packed else torch.empty_like(x)
+    rows = x.numel() // columns
+    if rows:
+        _launch(softmax_tile(columns, packed), (rows,), x, params.contiguous(), rows, columns, y.shape[-1], y)
+    return y
+
+
+def attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`SULQAttentionValue`.
+
+    Args:
+        packed: Codes [.., M, ceil(N / 2)] int8 of layout `graphq.ops_softmax.PACKED`.
+        levels: As `graphq.ops_softmax.code_levels` makes them.
+        v: Values [.., N, D], float16, bfloat16 or float32, D at most 256. All are copied if not contiguous.
+
+    Returns:
+        [.., M, D] like v.
+
+    Raises:
+        UsageError: a type or shape is not one of these.
+    """
+    if v.dtype not in FLOATS:
+        raise UsageError(f"Values of type {v.dtype} have no product here.", expected=FLOAT_NAMES)
+    check_attention(tuple(packed.shape), tuple(v.shape))
+    _require("packed", packed, tuple(packed.shape), torch.int8)
+    _require("levels", levels, (16,), torch.float32)
+    (*lead, rows, width), (columns, depth) = packed.shape, v.shape[-2:]
+    y = v.new_empty(*lead, rows, depth)
+    batch = math.prod(lead)
+    if y.numel():
+        inputs = (packed.contiguous(), levels.contiguous(), v.contiguous())
+        _launch(attention_tile(rows, depth), (rows, batch), *inputs, rows, columns, width, depth, y)
+    return y
+
+
+def _launch(tile: Tile, extent: tuple[int, ...], *arguments: Any) -> None:
+    """Run over `extent`: rows, then batch."""
+    grid = (triton.cdiv(extent[0], tile.rows()), *extent[1:])
+    tile.function[grid](*arguments, **tile.constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise UsageError(f"`{name}` has shape {list(tensor.shape)} and type {tensor.dtype}.", expected=f"{list(shape)}, {dtype}")
