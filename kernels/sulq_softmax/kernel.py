@@ -1,14 +1,11 @@
 """Softmax with weights quantized by their logarithm, and the product of such weights with the values. Contract: `graphq.ops_softmax`.
 
-One read, one write: a row stays in registers from its scores to its codes. Parameters stand in the order that TensorRT
-passes them in, inputs, integers, outputs.
+One read, one write: a row stays in registers from its scores to its codes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,12 +15,15 @@ from triton.language.extra import libdevice
 from graphq.errors import UsageError
 from graphq.ops_softmax import check_attention
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-FLOAT_NAMES = "float16, bfloat16 or float32"
+from .._launch import INTERPRETED, Launch
+
+FLOATS = ("float16", "bfloat16", "float32")
 ONE_BLOCK = 16384
 """Columns that a row may have to stay in the registers of one program: 16 a thread with 32 warps."""
+LONG_BLOCK = 4096
+"""Columns of a step through longer rows."""
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LEAST = tl.constexpr(-3.4028235e38)
 _ROUND = tl.constexpr(12582912.0)
@@ -74,9 +74,8 @@ def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def sulq_softmax_rows(
-    x, params,  # [rows, columns], [5]
+    x, params, y,  # [rows, columns], [5], [rows, width]: like x, or int8 if PACK, of half the columns
     rows, columns, width,
-    y,  # [rows, width]: like x, or int8 if PACK, of half the columns
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Whole rows in one block; short rows share a program, so that it has work for all its threads."""
@@ -90,9 +89,8 @@ def sulq_softmax_rows(
 
 @triton.jit
 def sulq_softmax_long(
-    x, params,  # as above
+    x, params, y,  # as above
     rows, columns, width,
-    y,
     BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """One row a program in blocks: the first round finds peak and sum online (arXiv 1805.02867), the second reads the row again."""
@@ -113,15 +111,15 @@ def sulq_softmax_long(
 
 @triton.jit
 def sulq_attention_value(
-    packed, levels, v,  # [batch, rows, width] int8, [16] float32, [batch, columns, depth]
+    packed, levels, v, y,  # [batch, rows, width] int8, [16] float32, [batch, columns, depth], [batch, rows, depth]
     rows, columns, width, depth,
-    y,  # [batch, rows, depth] like v
     BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of one batch entry. Low and high nibbles meet the even and the odd rows of v in two products, so that
     no code moves to another thread."""
-    batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, BLOCK_DEPTH)
     codes = packed + (batch * rows + row.to(tl.int64)[:, None]) * width
     values = v + batch * columns * depth + lane[None, :]
@@ -140,40 +138,31 @@ def sulq_attention_value(
     tl.store(y + to, total.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (lane < depth)[None, :])
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is launched: its function, the constants it is compiled with, warps and pipeline stages."""
-
-    function: Any
-    constants: dict[str, int]
-    warps: int
-    stages: int = 1
-
-    def rows(self) -> int:
-        """Rows that one program takes."""
-        return self.constants.get("BLOCK_ROWS", 1)
-
-
-def softmax_tile(columns: int, packed: bool) -> Tile:
-    """The tile for rows of that many columns: 16 elements a thread, at least four warps, so short rows come in groups."""
+def softmax_launch(rows: int, columns: int, dtype: str, packed: bool) -> Launch:
+    """The launch for that many rows of `dtype`: 16 elements a thread, at least four warps, so short rows come in groups."""
     block = max(2, triton.next_power_of_2(columns))
+    scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2 if packed else columns}
+    types = (dtype, "float32", "int8" if packed else dtype)
     if block > ONE_BLOCK:
-        return Tile(sulq_softmax_long, {"BLOCK_COLUMNS": 4096, "PACK": int(packed)}, warps=8)
-    rows = max(1, 2048 // block)
-    return Tile(sulq_softmax_rows, {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": block, "PACK": int(packed)}, warps=max(4, block // 512))
+        return Launch(sulq_softmax_long, types, scalars, {"BLOCK_COLUMNS": LONG_BLOCK, "PACK": packed}, rows, warps=8, stages=1)
+    group = max(1, 2048 // block)
+    constants = {"BLOCK_ROWS": group, "BLOCK_COLUMNS": block, "PACK": packed}
+    return Launch(sulq_softmax_rows, types, scalars, constants, triton.cdiv(rows, group), warps=max(4, block // 512), stages=1)
 
 
-def attention_tile(rows: int, depth: int) -> Tile:
-    """The tile for products of `rows` rows of codes with values of width `depth`.
+def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str) -> Launch:
+    """The launch for products of `rows` rows of codes with values of width `depth` and type `dtype`.
 
     Raises:
         UsageError: values are wider than 256.
     """
     if depth > 256:
         raise UsageError(f"Values of width {depth} are too wide for one block.", expected="D of at most 256")
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    constants = {"BLOCK_ROWS": block, "BLOCK_BYTES": 32, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
-    return Tile(sulq_attention_value, constants, warps=4, stages=3)
+    group = min(64, max(16, triton.next_power_of_2(rows)))
+    constants = {"BLOCK_ROWS": group, "BLOCK_BYTES": 32, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
+    scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2, "depth": depth}
+    types = ("int8", "float32", dtype, dtype)
+    return Launch(sulq_attention_value, types, scalars, constants, batch * triton.cdiv(rows, group), warps=4, stages=3)
 
 
 def sulq_softmax(x: torch.Tensor, params: torch.Tensor, packed: bool = False) -> torch.Tensor:
@@ -189,16 +178,16 @@ def sulq_softmax(x: torch.Tensor, params: torch.Tensor, packed: bool = False) ->
     Raises:
         UsageError: a type or shape is not one of these.
     """
-    if x.dtype not in FLOATS or x.ndim < 1 or x.shape[-1] < 1:
+    if name(x) not in FLOATS or x.ndim < 1 or x.shape[-1] < 1:
         raise UsageError(
-            f"Scores of shape {list(x.shape)} and type {x.dtype} have no softmax here.", expected=f"[.., N], N >= 1, {FLOAT_NAMES}"
+            f"Scores of shape {list(x.shape)} and type {x.dtype} have no softmax here.", expected=f"[.., N], N >= 1, {', '.join(FLOATS)}"
         )
     _require("params", params, (5,), torch.float32)
     x, columns = x.contiguous(), x.shape[-1]
     y = x.new_empty(*x.shape[:-1], (columns + 1) // 2, dtype=torch.int8) if packed else torch.empty_like(x)
     rows = x.numel() // columns
     if rows:
-        _launch(softmax_tile(columns, packed), (rows,), x, params.contiguous(), rows, columns, y.shape[-1], y)
+        softmax_launch(rows, columns, name(x), packed)(x, params.contiguous(), y)
     return y
 
 
@@ -216,26 +205,24 @@ def attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor)
     Raises:
         UsageError: a type or shape is not one of these.
     """
-    if v.dtype not in FLOATS:
-        raise UsageError(f"Values of type {v.dtype} have no product here.", expected=FLOAT_NAMES)
+    if name(v) not in FLOATS:
+        raise UsageError(f"Values of type {v.dtype} have no product here.", expected=", ".join(FLOATS))
     check_attention(tuple(packed.shape), tuple(v.shape))
     _require("packed", packed, tuple(packed.shape), torch.int8)
     _require("levels", levels, (16,), torch.float32)
-    (*lead, rows, width), (columns, depth) = packed.shape, v.shape[-2:]
+    (*lead, rows, _), (columns, depth) = packed.shape, v.shape[-2:]
     y = v.new_empty(*lead, rows, depth)
-    batch = math.prod(lead)
     if y.numel():
-        inputs = (packed.contiguous(), levels.contiguous(), v.contiguous())
-        _launch(attention_tile(rows, depth), (rows, batch), *inputs, rows, columns, width, depth, y)
+        launch = attention_launch(math.prod(lead), rows, columns, depth, name(v))
+        launch(packed.contiguous(), levels.contiguous(), v.contiguous(), y)
     return y
 
 
-def _launch(tile: Tile, extent: tuple[int, ...], *arguments: Any) -> None:
-    """Run over `extent`: rows, then batch."""
-    grid = (triton.cdiv(extent[0], tile.rows()), *extent[1:])
-    tile.function[grid](*arguments, **tile.constants, num_warps=tile.warps, num_stages=tile.stages)
+def name(tensor: torch.Tensor) -> str:
+    """Of its type: `float16`."""
+    return str(tensor.dtype).rpartition(".")[2]
 
 
-def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _require(what: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise UsageError(f"`{name}` has shape {list(tensor.shape)} and type {tensor.dtype}.", expected=f"{list(shape)}, {dtype}")
+        raise UsageError(f"`{what}` has shape {list(tensor.shape)} and type {tensor.dtype}.", expected=f"{list(shape)}, {dtype}")

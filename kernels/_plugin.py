@@ -1,0 +1,103 @@
+"""What the TensorRT plugins of all kernels share: from a launch to what an ahead-of-time implementation returns.
+
+TensorRT keeps the PTX in the engine and launches it itself, so an engine needs neither Python nor graphq. Modules called `plugin` import
+`tensorrt.plugin` when they register. Its annotations are read at run time: those modules must not postpone them (no `from __future__`).
+
+Plugins take float32, float16, bfloat16 and int8 tensors, not uint8 (`nvinfer1::PluginTensorDesc::type`), and scalars of 32 bits.
+A node that is to be a plugin has the attributes `NODE_ATTRIBUTES` and no function of its name in the model, which would be inlined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graphq.errors import UsageError
+
+from ._compile import Compiled, compile_launch
+from ._launch import Launch
+
+NAMESPACE = "graphq"
+NODE_ATTRIBUTES: Mapping[str, Any] = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
+"""By which TensorRT's ONNX parser finds a plugin and takes its ahead-of-time implementation."""
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
+
+
+def dtype(desc: Any) -> str:
+    """The type of a `TensorDesc` by the name that kernels use.
+
+    Raises:
+        UsageError: plugins cannot have it.
+    """
+    if desc.dtype.name not in _DTYPES:
+        raise UsageError(f"A plugin of graphq cannot take a tensor of type {desc.dtype.name}.", expected=", ".join(_DTYPES))
+    return _DTYPES[desc.dtype.name]
+
+
+def largest(desc: Any) -> tuple[int, ...]:
+    """The shape of a `TensorDesc`, dynamic axes at their largest: what blocks must be able to hold."""
+    return tuple(desc.shape.max) if desc.shape.is_dynamic else tuple(desc.shape)
+
+
+def count(desc: Any, axes: slice) -> Any:
+    """Number of entries along these axes, as a symbolic expression of `tensorrt.plugin`."""
+    import tensorrt.plugin as trtp
+
+    return trtp.ShapeExprs.from_tuple(tuple(desc.shape_expr)[axes]).numel()
+
+
+def device_arch() -> int:
+    """Compute capability of the current GPU, 90 for 9.0.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("There is no GPU to compile plugins for.", hint="name one by its compute capability: arch=90 is 9.0")
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def embed(launch: Launch, arch: int, scalars: Mapping[str, Any], programs: Any) -> tuple[str, str, Any, Any]:
+    """What an `aot_impl` returns: entry point, PTX, launch parameters, scalar arguments.
+
+    Args:
+        launch: For the largest shape.
+        scalars: A symbolic expression for each scalar of `launch`, by name.
+        programs: Their number, an expression as well.
+    """
+    import tensorrt.plugin as trtp
+
+    constant = {name for name, value in scalars.items() if value.is_constant}
+    compiled = compile_launch(launch, arch, unaligned=launch.scalars.keys() - constant)
+    passed = compiled.parameters.count("u32")
+    names = [name for name in launch.scalars if not (name.startswith("stride_") and launch.scalars[name] == 1)]
+    assert len(names) == passed, f"{compiled.name} takes {passed} scalars, not {names}"
+    parameters = trtp.KernelLaunchParams(grid_x=programs, block_x=compiled.threads, shared_mem=compiled.shared_bytes)
+    arguments = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(scalars[name]) for name in names))
+    return compiled.name, arranged(compiled, len(launch.types)), parameters, arguments
+
+
+def arranged(compiled: Compiled, pointers: int) -> str:
+    """The PTX with its parameters as TensorRT passes them: inputs, scalars, output.
+
+    Triton's order is pointers, scalars, and two pointers to scratch memory. Those are dropped, for TensorRT has nothing to put there.
+    Only declarations move: the code refers to them by name.
+
+    Raises:
+        RuntimeError: the kernel uses scratch memory.
+    """
+    head = re.search(rf"\.entry {re.escape(compiled.name)}\(\n(.*?)\n\)", compiled.ptx, re.DOTALL)
+    assert head is not None, f"{compiled.name} has no entry point"
+    declared = head[1].split(",\n")
+    assert len(declared) == len(compiled.parameters)
+    used, (first, second) = declared[:-2], declared[-2:]
+    for scratch in (first, second):
+        if compiled.ptx.count(scratch.split()[-1]) > 1:
+            raise RuntimeError(f"{compiled.name} uses scratch memory, which TensorRT does not have for it")
+    ordered = [*used[: pointers - 1], *used[pointers:], used[pointers - 1]]
+    return compiled.ptx[: head.start(1)] + ",\n".join(ordered) + compiled.ptx[head.end(1) :]
