@@ -20,12 +20,16 @@ levels by `exp`; `SULQSoftmaxCodes` takes up to 4, and as `levels` is a table, i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogParams, LogUniform
+from graphq.names import unknown_name
+from graphq.ops import Operator
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +37,8 @@ PACKED = "int4-pairs-v1"
 """Two 4-bit two's complement codes a byte along the last axis, the first in the low nibble; an odd N is padded by a masked column.
 
 Neighbours share a byte, because one thread of a softmax holds both. Bytes are int8: TensorRT gives plugins no uint8 tensors."""
+
+FLOATS = ("float16", "bfloat16", "float32")
 
 _WEIGHTS = """
   shift, center, scale, low, high = Split <axis: int = 0, num_outputs: int = 5> (params)
@@ -166,7 +172,7 @@ def _fitted(params: Array) -> tuple[LogUniform, LogParams]:
 
 def sulq_attention_value(packed: Array, levels: Array, v: Array) -> Array:
     """What `SULQAttentionValue` computes, with sums in float32."""
-    check_attention(packed.shape, v.shape)
+    check("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v})
     weight = levels[unpack_codes(packed).astype(np.intp) + 8][..., : v.shape[-2]].astype(v.dtype)
     return (weight.astype(np.float32) @ v.astype(np.float32)).astype(v.dtype)
 
@@ -182,10 +188,51 @@ def unpack_codes(packed: Array) -> Array:
     return np.stack([low, high], -1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-def check_attention(packed: tuple[int, ...], v: tuple[int, ...]) -> None:
-    """Raise unless `SULQAttentionValue` takes inputs of these shapes."""
-    if len(packed) < 2 or len(v) != len(packed) or v[:-2] != packed[:-2] or packed[-1] != (v[-2] + 1) // 2:
-        raise UsageError(
-            f"Codes of shape {list(packed)} do not go with values of shape {list(v)}.",
-            expected="[.., M, ceil(N / 2)] and [.., N, D] with the same leading axes",
+OPERATORS: Mapping[str, Operator] = MappingProxyType({
+    name: Operator(name, inputs, layout, BODIES[name], reference)
+    for name, inputs, layout, reference in (
+        ("SULQSoftmax", ("x", "params"), "", sulq_softmax),
+        ("SULQSoftmaxCodes", ("x", "params"), PACKED, sulq_softmax_codes),
+        ("SULQAttentionValue", ("packed", "levels", "v"), PACKED, sulq_attention_value),
+    )
+})  # fmt: skip
+
+
+def dtype_name(operand: Any) -> str:
+    """`float16`, of an array or a tensor."""
+    return str(operand.dtype).rpartition(".")[2]
+
+
+def check(name: str, operands: Mapping[str, Any], where: str = "") -> tuple[tuple[int, ...], str]:
+    """Shape and type of the result, once it is known that the operator `name` is defined for its operands.
+
+    Args:
+        operands: By input name: arrays, tensors, or whatever has a `shape` and a `dtype`.
+        where: What to call the place in an error, such as a node.
+
+    Raises:
+        UsageError: an operand has a wrong shape or type; the message states what it must be.
+    """
+    if name not in OPERATORS:
+        raise UsageError(**unknown_name("operator", name, OPERATORS))
+    shapes = {key: tuple(operands[key].shape) for key in OPERATORS[name].inputs}
+    dtypes = {key: dtype_name(operands[key]) for key in OPERATORS[name].inputs}
+
+    def require(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            what = f"{name} cannot take {key} of type {dtypes[key]} and shape {list(shapes[key])}."
+            raise UsageError(what, where=where or ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items()), expected=expected)
+
+    table, size = ("levels", 16) if name == "SULQAttentionValue" else ("params", 5)
+    require((dtypes[table], shapes[table]) == ("float32", (size,)), table, f"float32 [{size}]")
+    if name == "SULQAttentionValue":
+        packed, v = shapes["packed"], shapes["v"]
+        require(dtypes["v"] in FLOATS and len(v) >= 2, "v", f"{', '.join(FLOATS)} [..., N, D]")
+        fits = len(packed) == len(v) and packed[:-2] == v[:-2] and packed[-1] == (v[-2] + 1) // 2
+        require(
+            dtypes["packed"] == "int8" and fits, "packed", f"int8 [..., M, ceil(N / 2)] with N = {v[-2]} and leading axes {list(v[:-2])}"
         )
+        return (*packed[:-1], v[-1]), dtypes["v"]
+    x = shapes["x"]
+    require(dtypes["x"] in FLOATS and len(x) >= 1 and x[-1] > 0, "x", f"{', '.join(FLOATS)} [..., N] with N of at least 1")
+    return ((*x[:-1], (x[-1] + 1) // 2), "int8") if name == "SULQSoftmaxCodes" else (x, dtypes["x"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +21,37 @@ from graphq.errors import UsageError
 from ._compile import Compiled, compile_launch
 from ._launch import Launch
 
-NAMESPACE = "graphq"
-NODE_ATTRIBUTES: Mapping[str, Any] = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
+NODE_ATTRIBUTES: Mapping[str, Any] = {"plugin_namespace": "graphq", "plugin_version": "1", "aot": 1}
 """By which TensorRT's ONNX parser finds a plugin and takes its ahead-of-time implementation."""
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
 
 
-def dtype(desc: Any) -> str:
-    """The type of a `TensorDesc` by the name that kernels use.
+@dataclass(frozen=True)
+class Operand:
+    """What `check` of an operator wants to know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def operands(**descs: Any) -> dict[str, Operand]:
+    """Shapes and types of some `TensorDesc`, dynamic axes at their largest: what blocks must be able to hold.
 
     Raises:
-        UsageError: plugins cannot have it.
+        UsageError: plugins cannot have tensors of such a type.
     """
-    if desc.dtype.name not in _DTYPES:
-        raise UsageError(f"A plugin of graphq cannot take a tensor of type {desc.dtype.name}.", expected=", ".join(_DTYPES))
-    return _DTYPES[desc.dtype.name]
-
-
-def largest(desc: Any) -> tuple[int, ...]:
-    """The shape of a `TensorDesc`, dynamic axes at their largest: what blocks must be able to hold."""
-    return tuple(desc.shape.max) if desc.shape.is_dynamic else tuple(desc.shape)
+    for name, desc in descs.items():
+        if desc.dtype.name not in _DTYPES:
+            raise UsageError(f"A plugin cannot take {name} of type {desc.dtype.name}.", expected=", ".join(_DTYPES))
+    return {
+        name: Operand(tuple(desc.shape.max if desc.shape.is_dynamic else desc.shape), _DTYPES[desc.dtype.name])
+        for name, desc in descs.items()
+    }  # fmt: skip
 
 
 def count(desc: Any, axes: slice) -> Any:
-    """Number of entries along these axes, as a symbolic expression of `tensorrt.plugin`."""
+    """Number of entries along these axes of a `TensorDesc`, as a symbolic expression."""
     import tensorrt.plugin as trtp
 
     return trtp.ShapeExprs.from_tuple(tuple(desc.shape_expr)[axes]).numel()

@@ -13,11 +13,10 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from graphq.errors import UsageError
-from graphq.ops_softmax import check_attention
+from graphq.ops_softmax import check, dtype_name
 
 from .._launch import INTERPRETED, Launch
 
-FLOATS = ("float16", "bfloat16", "float32")
 ONE_BLOCK = 16384
 """Columns that a row may have to stay in the registers of one program: 16 a thread with 32 warps."""
 LONG_BLOCK = 4096
@@ -73,7 +72,7 @@ def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sulq_softmax_rows(
+def softmax_rows(
     x, params, y,  # [rows, columns], [5], [rows, width]: like x, or int8 if PACK, of half the columns
     rows, columns, width,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
@@ -88,7 +87,7 @@ def sulq_softmax_rows(
 
 
 @triton.jit
-def sulq_softmax_long(
+def softmax_long(
     x, params, y,  # as above
     rows, columns, width,
     BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
@@ -110,7 +109,7 @@ def sulq_softmax_long(
 
 
 @triton.jit
-def sulq_attention_value(
+def attention_value(
     packed, levels, v, y,  # [batch, rows, width] int8, [16] float32, [batch, columns, depth], [batch, rows, depth]
     rows, columns, width, depth,
     BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
@@ -144,10 +143,10 @@ def softmax_launch(rows: int, columns: int, dtype: str, packed: bool) -> Launch:
     scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2 if packed else columns}
     types = (dtype, "float32", "int8" if packed else dtype)
     if block > ONE_BLOCK:
-        return Launch(sulq_softmax_long, types, scalars, {"BLOCK_COLUMNS": LONG_BLOCK, "PACK": packed}, rows, warps=8, stages=1)
+        return Launch(softmax_long, types, scalars, {"BLOCK_COLUMNS": LONG_BLOCK, "PACK": packed}, rows, warps=8, stages=1)
     group = max(1, 2048 // block)
     constants = {"BLOCK_ROWS": group, "BLOCK_COLUMNS": block, "PACK": packed}
-    return Launch(sulq_softmax_rows, types, scalars, constants, triton.cdiv(rows, group), warps=max(4, block // 512), stages=1)
+    return Launch(softmax_rows, types, scalars, constants, triton.cdiv(rows, group), warps=max(4, block // 512), stages=1)
 
 
 def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str) -> Launch:
@@ -162,67 +161,51 @@ def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str
     constants = {"BLOCK_ROWS": group, "BLOCK_BYTES": 32, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
     scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2, "depth": depth}
     types = ("int8", "float32", dtype, dtype)
-    return Launch(sulq_attention_value, types, scalars, constants, batch * triton.cdiv(rows, group), warps=4, stages=3)
+    return Launch(attention_value, types, scalars, constants, batch * triton.cdiv(rows, group), warps=4, stages=3)
 
 
-def sulq_softmax(x: torch.Tensor, params: torch.Tensor, packed: bool = False) -> torch.Tensor:
-    """`SULQSoftmax`, or `SULQSoftmaxCodes` if `packed`.
-
-    Args:
-        x: Scores [.., N], float16, bfloat16 or float32; copied if not contiguous. At least one axis, N at least 1.
-        params: As `graphq.ops_softmax.softmax_params` makes them, on the device of x.
-
-    Returns:
-        Levels like x, or codes [.., ceil(N / 2)] int8.
+def sulq_softmax(x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what `SULQSoftmax` computes into `out`, contiguous, like x; x is copied if it is not contiguous.
 
     Raises:
-        UsageError: a type or shape is not one of these.
+        UsageError: an operand has a wrong shape or type.
     """
-    if name(x) not in FLOATS or x.ndim < 1 or x.shape[-1] < 1:
-        raise UsageError(
-            f"Scores of shape {list(x.shape)} and type {x.dtype} have no softmax here.", expected=f"[.., N], N >= 1, {', '.join(FLOATS)}"
-        )
-    _require("params", params, (5,), torch.float32)
-    x, columns = x.contiguous(), x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], (columns + 1) // 2, dtype=torch.int8) if packed else torch.empty_like(x)
-    rows = x.numel() // columns
+    _softmax("SULQSoftmax", x, params, out)
+
+
+def sulq_softmax_codes(x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what `SULQSoftmaxCodes` computes into `out`, contiguous, [.., ceil(N / 2)] int8; x is copied if it is not contiguous.
+
+    Raises:
+        UsageError: an operand has a wrong shape or type.
+    """
+    _softmax("SULQSoftmaxCodes", x, params, out)
+
+
+def _softmax(operator: str, x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
+    shape, dtype = check(operator, {"x": x, "params": params})
+    _require_out(out, shape, dtype)
+    rows = x.numel() // x.shape[-1]
     if rows:
-        softmax_launch(rows, columns, name(x), packed)(x, params.contiguous(), y)
-    return y
+        launch = softmax_launch(rows, x.shape[-1], dtype_name(x), packed=operator == "SULQSoftmaxCodes")
+        launch(x.contiguous(), params.contiguous(), out)
 
 
-def attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`SULQAttentionValue`.
-
-    Args:
-        packed: Codes [.., M, ceil(N / 2)] int8 of layout `graphq.ops_softmax.PACKED`.
-        levels: As `graphq.ops_softmax.code_levels` makes them.
-        v: Values [.., N, D], float16, bfloat16 or float32, D at most 256. All are copied if not contiguous.
-
-    Returns:
-        [.., M, D] like v.
+def sulq_attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what `SULQAttentionValue` computes into `out`, contiguous, [.., M, D] like v; other operands are copied if they are not.
 
     Raises:
-        UsageError: a type or shape is not one of these.
+        UsageError: an operand has a wrong shape or type, or values are wider than 256.
     """
-    if name(v) not in FLOATS:
-        raise UsageError(f"Values of type {v.dtype} have no product here.", expected=", ".join(FLOATS))
-    check_attention(tuple(packed.shape), tuple(v.shape))
-    _require("packed", packed, tuple(packed.shape), torch.int8)
-    _require("levels", levels, (16,), torch.float32)
-    (*lead, rows, _), (columns, depth) = packed.shape, v.shape[-2:]
-    y = v.new_empty(*lead, rows, depth)
-    if y.numel():
-        launch = attention_launch(math.prod(lead), rows, columns, depth, name(v))
-        launch(packed.contiguous(), levels.contiguous(), v.contiguous(), y)
-    return y
+    shape, dtype = check("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v})
+    _require_out(out, shape, dtype)
+    launch = attention_launch(math.prod(shape[:-2]), shape[-2], v.shape[-2], shape[-1], dtype)
+    if out.numel():
+        launch(packed.contiguous(), levels.contiguous(), v.contiguous(), out)
 
 
-def name(tensor: torch.Tensor) -> str:
-    """Of its type: `float16`."""
-    return str(tensor.dtype).rpartition(".")[2]
-
-
-def _require(what: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise UsageError(f"`{what}` has shape {list(tensor.shape)} and type {tensor.dtype}.", expected=f"{list(shape)}, {dtype}")
+def _require_out(out: torch.Tensor, shape: tuple[int, ...], dtype: str) -> None:
+    if (tuple(out.shape), dtype_name(out)) != (shape, dtype) or not out.is_contiguous():
+        raise UsageError(
+            f"out of type {dtype_name(out)} and shape {list(out.shape)} does not fit.", expected=f"contiguous {dtype} {list(shape)}"
+        )

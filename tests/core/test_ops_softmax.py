@@ -139,6 +139,28 @@ def test_layout_is_pairs_low_nibble_first() -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="do not fit a nibble"):
         code_levels(*fitted(scores((4, 33)), 5))
-    for packed, v in [((4, 5), (9,)), ((2, 4, 5), (3, 9, 8)), ((4, 5), (11, 8)), ((4, 5), (8, 8))]:
-        with pytest.raises(UsageError, match="do not go with values"):
-            ops_softmax.check_attention(packed, v)
+    x, params = np.zeros((4, 8), np.float32), np.ones(5, np.float32)
+    packed, levels, v = np.zeros((3, 4, 5), np.int8), np.ones(16, np.float32), np.zeros((3, 9, 8), np.float16)
+    for operator, operands, message in [
+        ("SULQSoftmax", {"x": x.astype(float), "params": params}, "cannot take x of type float64"),
+        ("SULQSoftmax", {"x": x[:, :0], "params": params}, r"x of type float32 and shape \[4, 0\]"),
+        ("SULQSoftmaxCodes", {"x": x, "params": params[:4]}, r"params of type float32 and shape \[4\]"),
+        ("SULQAttentionValue", {"packed": packed.view(np.uint8), "levels": levels, "v": v}, "packed of type uint8"),
+        ("SULQAttentionValue", {"packed": packed, "levels": levels[:8], "v": v}, "cannot take levels"),
+        ("SULQAttentionValue", {"packed": packed[:2], "levels": levels, "v": v}, r"packed of type int8 and shape \[2, 4, 5\]"),
+        ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[:, :8]}, r"packed of type int8 and shape \[3, 4, 5\]"),
+        ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[0, 0]}, "cannot take v"),
+        ("SULQ", {}, "SULQSoftmax"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            ops_softmax.check(operator, operands)
+
+
+def test_results_are_as_promised() -> None:
+    x, params = scores((2, 3, 7), np.float16), softmax_params(*fitted(scores((2, 3, 7))))
+    packed, levels, v = np.zeros((2, 3, 4), np.int8), np.ones(16, np.float32), np.zeros((2, 7, 6), np.float16)
+    for operator in ops_softmax.OPERATORS.values():
+        operands = {"x": x, "params": params, "packed": packed, "levels": levels, "v": v}
+        taken = {key: operands[key] for key in operator.inputs}
+        result = operator.reference(**taken)
+        assert (result.shape, result.dtype) == ops_softmax.check(operator.name, taken)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import operator
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,8 +24,8 @@ PluginArgDataType = enum.Enum("PluginArgDataType", "INT8 INT16 INT32")
 QuickPluginCreationRequest = enum.Enum("QuickPluginCreationRequest", "UNKNOWN PREFER_JIT PREFER_AOT STRICT_JIT STRICT_AOT")
 
 _OPERATIONS = {
-    "SUM": lambda a, b: a + b, "PROD": lambda a, b: a * b, "MAX": max, "MIN": min, "SUB": lambda a, b: a - b, "EQUAL": lambda a, b: int(a == b),
-    "LESS": lambda a, b: int(a < b), "FLOOR_DIV": lambda a, b: a // b, "CEIL_DIV": lambda a, b: -(-a // b),
+    "SUM": operator.add, "PROD": operator.mul, "MAX": max, "MIN": min, "SUB": operator.sub, "EQUAL": operator.eq, "LESS": operator.lt,
+    "FLOOR_DIV": operator.floordiv, "CEIL_DIV": lambda a, b: -(-a // b),
 }  # fmt: skip
 
 
@@ -45,8 +46,8 @@ class IExprBuilder:
     def constant(self, value: int) -> IDimensionExpr:
         return IDimensionExpr(value)
 
-    def operation(self, operation: enum.Enum, a: IDimensionExpr, b: IDimensionExpr) -> IDimensionExpr:
-        return IDimensionExpr(_OPERATIONS[operation.name](a.value, b.value), a.constant and b.constant)
+    def operation(self, operation: DimensionOperation, a: IDimensionExpr, b: IDimensionExpr) -> IDimensionExpr:
+        return IDimensionExpr(int(_OPERATIONS[operation.name](a.value, b.value)), a.constant and b.constant)
 
 
 class Dims(tuple[int, ...]):
@@ -98,9 +99,8 @@ def module() -> ModuleType | None:
         return None
     made: Any = ModuleType("tensorrt")
     made.__path__ = [str(Path(spec.origin).parent)]
-    made.__dict__.update({
-        name: value for name, value in globals().items() if isinstance(value, type) and value.__module__ == __name__ and not name.startswith("_")
-    })  # fmt: skip
+    own = {name: value for name, value in globals().items() if isinstance(value, type) and value.__module__ == __name__}
+    made.__dict__.update(own)
     for name in ("IPluginV3", "IPluginV3QuickCore", "IPluginV3QuickBuild", "IPluginV3QuickAOTBuild", "IPluginV3QuickRuntime",
                  "IPluginCreatorV3Quick", "ISymExpr", "ITensor"):  # fmt: skip
         setattr(made, name, type(name, (_Native,), {}))

@@ -1,4 +1,4 @@
-"""TensorRT plugins hold to NVIDIA's contract: its own code registers them, checks them and asks them for kernels, as when an engine is built.
+"""TensorRT plugins hold to NVIDIA's contract: its own code registers them, checks them and asks for kernels, as when it builds an engine.
 
 What is TensorRT's library is replaced (tensorrt_stub.py); what these tests cannot see is what that library does with the answers.
 """
@@ -17,20 +17,27 @@ import pytest
 
 from . import tensorrt_stub as stub
 
-KINDS = ("FLOAT", "HALF", "BF16")
 Shape = tuple[int, ...]
-# Operator, then type, least and largest shape of each input.
-CASES = {
-    "softmax": ("SULQSoftmax", [("HALF", (2, 3, 197, 197), (2, 3, 197, 197)), ("FLOAT", (5,), (5,))]),
-    "softmax of one row": ("SULQSoftmax", [("BF16", (64,), (64,)), ("FLOAT", (5,), (5,))]),
-    "softmax, long": ("SULQSoftmax", [("FLOAT", (3, 20000), (3, 20000)), ("FLOAT", (5,), (5,))]),
-    "softmax, any batch": ("SULQSoftmax", [("HALF", (1, 3, 64, 64), (8, 3, 64, 64)), ("FLOAT", (5,), (5,))]),
-    "softmax, any length": ("SULQSoftmax", [("HALF", (1, 3, 1, 1), (8, 3, 512, 512)), ("FLOAT", (5,), (5,))]),
-    "codes": ("SULQSoftmaxCodes", [("HALF", (2, 3, 197, 197), (2, 3, 197, 197)), ("FLOAT", (5,), (5,))]),
-    "codes, any length": ("SULQSoftmaxCodes", [("FLOAT", (1, 3, 1, 1), (8, 3, 512, 512)), ("FLOAT", (5,), (5,))]),
-    "value": ("SULQAttentionValue", [("INT8", (2, 3, 197, 99), (2, 3, 197, 99)), ("FLOAT", (16,), (16,)), ("HALF", (2, 3, 197, 64), (2, 3, 197, 64))]),
-    "value, any batch": ("SULQAttentionValue", [("INT8", (1, 64, 32), (9, 64, 32)), ("FLOAT", (16,), (16,)), ("BF16", (1, 64, 33), (9, 64, 33))]),
-}  # fmt: skip
+Input = tuple[str, Shape, Shape]
+"""Type, least and largest shape."""
+
+
+def fixed(kind: str, *shape: int) -> Input:
+    return kind, shape, shape
+
+
+PARAMS, LEVELS = fixed("FLOAT", 5), fixed("FLOAT", 16)
+CASES: dict[str, tuple[str, list[Input]]] = {
+    "softmax": ("SULQSoftmax", [fixed("HALF", 2, 3, 197, 197), PARAMS]),
+    "softmax of one row": ("SULQSoftmax", [fixed("BF16", 64), PARAMS]),
+    "softmax, long": ("SULQSoftmax", [fixed("FLOAT", 3, 20000), PARAMS]),
+    "softmax, any batch": ("SULQSoftmax", [("HALF", (1, 3, 64, 64), (8, 3, 64, 64)), PARAMS]),
+    "softmax, any length": ("SULQSoftmax", [("HALF", (1, 3, 1, 1), (8, 3, 512, 512)), PARAMS]),
+    "codes": ("SULQSoftmaxCodes", [fixed("HALF", 2, 3, 197, 197), PARAMS]),
+    "codes, any length": ("SULQSoftmaxCodes", [("FLOAT", (1, 3, 1, 1), (8, 3, 512, 512)), PARAMS]),
+    "value": ("SULQAttentionValue", [fixed("INT8", 2, 3, 197, 99), LEVELS, fixed("HALF", 2, 3, 197, 64)]),
+    "value, any batch": ("SULQAttentionValue", [("INT8", (1, 64, 32), (9, 64, 32)), LEVELS, ("BF16", (1, 64, 33), (9, 64, 33))]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def trt() -> Iterator[Any]:
     stub.remove()
 
 
-def build(trt: Any, operator: str, inputs: list[tuple[str, Shape, Shape]], at: list[Shape] | None = None) -> SimpleNamespace:
+def build(trt: Any, operator: str, inputs: list[Input], at: list[Shape] | None = None) -> SimpleNamespace:
     """Ask for the kernel as TensorRT's builder does, and evaluate expressions for the shapes `at`, by default the largest."""
     creator = trt.get_plugin_registry().get_creator(operator, "1", "graphq")
     plugin = creator.create_plugin(operator, "graphq", [], None, trt.QuickPluginCreationRequest.STRICT_AOT)
@@ -99,12 +106,12 @@ def test_ptx_takes_what_tensorrt_passes(trt: Any, case: str, tmp_path: Path) -> 
     subprocess.run([ptxas, "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"], check=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["FLOAT", "HALF", "BF16"])
 def test_results_have_the_shape_and_type_of_the_operator(trt: Any, kind: str) -> None:
-    x, params = (kind, (2, 5, 7), (2, 5, 7)), ("FLOAT", (5,), (5,))
-    made = build(trt, "SULQSoftmax", [x, params])
+    x = fixed(kind, 2, 5, 7)
+    made = build(trt, "SULQSoftmax", [x, PARAMS])
     assert (made.dtype, made.shape, made.scalars) == (kind, (2, 5, 7), [10, 7, 7])
-    made = build(trt, "SULQSoftmaxCodes", [x, params])
+    made = build(trt, "SULQSoftmaxCodes", [x, PARAMS])
     assert (made.dtype, made.shape, made.scalars) == ("INT8", (2, 5, 4), [10, 7, 4])
-    made = build(trt, "SULQAttentionValue", [("INT8", (2, 5, 4), (2, 5, 4)), ("FLOAT", (16,), (16,)), (kind, (2, 7, 9), (2, 7, 9))])
+    made = build(trt, "SULQAttentionValue", [fixed("INT8", 2, 5, 4), LEVELS, fixed(kind, 2, 7, 9)])
     assert (made.dtype, made.shape, made.scalars) == (kind, (2, 5, 9), [5, 7, 4, 9])
