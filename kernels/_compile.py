@@ -19,6 +19,9 @@ from ._launch import INTERPRETED, Launch
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
+PTX_VERSION = 87
+"""8.7, the first that knows sm_120, which drivers of CUDA 12.8 and later read. Triton would write the newest that its own tools know."""
+
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "uint8": "u8", "int32": "i32"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -86,7 +89,7 @@ def compile_launch(launch: Launch, arch: int, unaligned: Collection[str] = ()) -
     made = triton.compile(
         ASTSource(fn=launch.function, signature=ordered, constexprs=constants, attrs=hints),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True, "ptx_version": PTX_VERSION},
     )
     head = made.asm["ptx"].split(".entry", 1)[1].split("{", 1)[0]
     return Compiled(

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from graphq.errors import UsageError
 
 from ._compile import Compiled, compile_launch
@@ -63,6 +61,8 @@ def device_arch() -> int:
     Raises:
         UsageError: there is none.
     """
+    import torch
+
     if not torch.cuda.is_available():
         raise UsageError("There is no GPU to compile plugins for.", hint="name one by its compute capability: arch=90 is 9.0")
     major, minor = torch.cuda.get_device_capability()

@@ -6,8 +6,8 @@ One read, one write: a row stays in registers from its scores to its codes.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -16,6 +16,9 @@ from graphq.errors import UsageError
 from graphq.ops_softmax import check, dtype_name
 
 from .._launch import INTERPRETED, Launch
+
+if TYPE_CHECKING:
+    import torch
 
 ONE_BLOCK = 16384
 """Columns that a row may have to stay in the registers of one program: 16 a thread with 32 warps."""
@@ -30,13 +33,13 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _log2(x):
+def _log2(x):  # type: ignore[no-untyped-def]
     # The hardware's logarithm is one instruction, good to 2^-22; tl.log2 becomes 25. The interpreter knows tl.log2 alone.
     return tl.log2(x) if _INTERPRETED else libdevice.fast_log2f(x)
 
 
 @triton.jit
-def _rounded(weight, params):
+def _rounded(weight, params):  # type: ignore[no-untyped-def]
     """The code of each weight, plus `_ROUND`."""
     shift, center, scale = tl.load(params), tl.load(params + 1), tl.load(params + 2)
     low, high = tl.load(params + 3), tl.load(params + 4)
@@ -46,7 +49,7 @@ def _rounded(weight, params):
 
 
 @triton.jit
-def _store(rounded, params, y, rows, columns, width, row, start, PACK: tl.constexpr):
+def _store(rounded, params, y, rows, columns, width, row, start, PACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write codes from column `start` on, as levels, or as nibbles."""
     BLOCK: tl.constexpr = rounded.shape[1]
     to = row.to(tl.int64)[:, None] * width
@@ -63,7 +66,7 @@ def _store(rounded, params, y, rows, columns, width, row, start, PACK: tl.conste
 
 
 @triton.jit
-def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):
+def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores from column `start` on, in octaves; -inf outside."""
     column = start + tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -72,7 +75,7 @@ def _scores(x, rows, columns, row, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softmax_rows(
+def softmax_rows(  # type: ignore[no-untyped-def]
     x, params, y,  # [rows, columns], [5], [rows, width]: like x, or int8 if PACK, of half the columns
     rows, columns, width,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
@@ -87,7 +90,7 @@ def softmax_rows(
 
 
 @triton.jit
-def softmax_long(
+def softmax_long(  # type: ignore[no-untyped-def]
     x, params, y,  # as above
     rows, columns, width,
     BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
@@ -109,7 +112,7 @@ def softmax_long(
 
 
 @triton.jit
-def attention_value(
+def attention_value(  # type: ignore[no-untyped-def]
     packed, levels, v, y,  # [batch, rows, width] int8, [16] float32, [batch, columns, depth], [batch, rows, depth]
     rows, columns, width, depth,
     BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,

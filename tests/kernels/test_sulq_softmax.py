@@ -68,7 +68,9 @@ def test_levels(run: Any, shape: tuple[int, ...], dtype: Any, bits: int, record_
 
     def is_level(code: np.ndarray) -> np.ndarray:
         level = np.exp(code * scale + center) - shift
-        return np.asarray(np.abs(y.astype(np.float64) - level) <= rounding * np.maximum(np.abs(level), 2.0**-14) + 2.0**-20 * (np.abs(level) + shift))
+        return np.asarray(
+            np.abs(y.astype(np.float64) - level) <= rounding * np.maximum(np.abs(level), 2.0**-14) + 2.0**-20 * (np.abs(level) + shift)
+        )
 
     position = positions(x, params)
     compare(is_level(np.rint(position)), is_level(np.floor(position)) | is_level(np.ceil(position)), position, record_property)

@@ -6,6 +6,7 @@ Talks pickle: reads (operator, operands, how x lies in memory, configuration or 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from graphq import ops_softmax
 from graphq.kernels import CATALOG
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -45,16 +47,22 @@ def laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def compute(operator: str, operands: dict[str, np.ndarray], how: str, options: dict[str, Any] | None) -> np.ndarray:
-    """The kernel's result; the memory it writes to holds NaN before, and more of it behind the result, which must stay."""
-    module, _, name = CATALOG[operator].partition(":")
+    """The kernel's result; the memory it writes to holds NaN (or 85) before, and more of it behind the result, which must stay."""
+    module, _, function = CATALOG[operator].partition(":")
     kernel = importlib.import_module(module)
     tensors = {key: tensor(value) for key, value in operands.items()}
-    tensors["x"] = laid_out(tensors["x"], how)
-    shape = (*tensors["x"].shape[:-1], *tensors["bias"].shape)
-    memory = torch.full((int(np.prod(shape)) + 64,), float("nan"), dtype=tensors["bias"].dtype, device=DEVICE)
+    first = next(iter(tensors))
+    tensors[first] = laid_out(tensors[first], how)
+    if operator in ops_softmax.OPERATORS:
+        shape, name = ops_softmax.check(operator, tensors)
+        dtype = getattr(torch, name)
+    else:
+        shape, dtype = (*tensors["x"].shape[:-1], *tensors["bias"].shape), tensors["bias"].dtype
+    unused = float("nan") if dtype.is_floating_point else 85
+    memory = torch.full((math.prod(shape) + 64,), unused, dtype=dtype, device=DEVICE)
     out, guard = memory[:-64].view(shape), memory[-64:]
-    getattr(kernel, name)(**tensors, out=out, **({"config": kernel.Config(**options)} if options else {}))
-    assert guard.isnan().all(), "the kernel wrote behind its result"
+    getattr(kernel, function)(**tensors, out=out, **({"config": kernel.Config(**options)} if options else {}))
+    assert (guard.isnan() if dtype.is_floating_point else guard == unused).all(), "the kernel wrote behind its result"
     return array(out)
 
 
