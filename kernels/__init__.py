@@ -15,7 +15,7 @@ CATALOG = {
 }
 """Operator of `graphq.ops` or `graphq.ops_softmax` -> "module:function" that computes it, imported when asked for."""
 
-PLUGINS = ("sulq_softmax",)
+PLUGINS = ("sulq_softmax", "w4a16_gemm", "w4a8_gemm", "w8a8_gemm")
 """Folders with a module `plugin`."""
 
 

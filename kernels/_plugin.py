@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphq.errors import UsageError
@@ -46,6 +46,13 @@ def operands(**descs: Any) -> dict[str, Operand]:
         name: Operand(tuple(desc.shape.max if desc.shape.is_dynamic else desc.shape), _DTYPES[desc.dtype.name])
         for name, desc in descs.items()
     }  # fmt: skip
+
+
+def as_packed(found: dict[str, Operand]) -> dict[str, Operand]:
+    """`found` with its packed weight as `graphq.ops` has it, in uint8: TensorRT holds the same bytes as int8."""
+    if found["weight"].dtype != "int8":
+        raise UsageError(f"A plugin cannot take a packed weight of type {found['weight'].dtype}.", expected="its bytes as int8")
+    return found | {"weight": replace(found["weight"], dtype="uint8")}
 
 
 def count(desc: Any, axes: slice) -> Any:
@@ -87,6 +94,19 @@ def embed(launch: Launch, arch: int, scalars: Mapping[str, Any], programs: Any) 
     parameters = trtp.KernelLaunchParams(grid_x=programs, block_x=compiled.threads, shared_mem=compiled.shared_bytes)
     arguments = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(scalars[name]) for name in names))
     return compiled.name, arranged(compiled, len(launch.types)), parameters, arguments
+
+
+def embed_product(launch: Launch, arch: int, x: Any, weight: Any) -> tuple[str, str, Any, Any]:
+    """`embed`, for the kernels whose scalars are those of a matrix product, from the `TensorDesc` of x [.., M, K] and of weight [N, ..].
+
+    An engine for many values of M has one kernel for all, that of the largest: build another for decoding.
+    """
+    import tensorrt.plugin as trtp
+
+    m, n, k = count(x, slice(-1)), weight.shape_expr[0], x.shape_expr[-1]
+    strides = {name: trtp.ShapeExpr(value) for name, value in launch.scalars.items() if name.startswith("stride_")}
+    programs = trtp.cdiv(m, launch.constants["BLOCK_M"]) * trtp.cdiv(n, launch.constants["BLOCK_N"])
+    return embed(launch, arch, {"M": m, "N": n, "K": k, **strides}, programs)
 
 
 def arranged(compiled: Compiled, pointers: int) -> str:

@@ -37,7 +37,15 @@ CASES: dict[str, tuple[str, list[Input]]] = {
     "codes, any length": ("SULQSoftmaxCodes", [("FLOAT", (1, 3, 1, 1), (8, 3, 512, 512)), PARAMS]),
     "value": ("SULQAttentionValue", [fixed("INT8", 2, 3, 197, 99), LEVELS, fixed("HALF", 2, 3, 197, 64)]),
     "value, any batch": ("SULQAttentionValue", [("INT8", (1, 64, 32), (9, 64, 32)), LEVELS, ("BF16", (1, 64, 33), (9, 64, 33))]),
-}
+    "w4a16, decoding": ("W4A16Gemm", [fixed("HALF", 1, 256), fixed("INT8", 48, 128), fixed("HALF", 2, 48), fixed("HALF", 48)]),
+    "w4a16, any batch": ("W4A16Gemm", [("BF16", (1, 7, 256), (9, 7, 256)), fixed("INT8", 33, 128), fixed("BF16", 1, 33), fixed("BF16", 33)]),
+    "w8a8": ("W8A8Gemm", [fixed("INT8", 5, 99), fixed("INT8", 64, 99), fixed("FLOAT"), fixed("FLOAT", 64), fixed("HALF", 64)]),
+    "w8a8, scale a row": ("W8A8Gemm", [("INT8", (1, 64), (300, 64)), fixed("INT8", 128, 64), ("FLOAT", (1, 1), (300, 1)), fixed("FLOAT", 128),
+                                       fixed("FLOAT", 128)]),
+    "w4a8": ("W4A8Gemm", [fixed("INT8", 100, 128), fixed("INT8", 64, 64), fixed("FLOAT"), fixed("FLOAT", 2, 64), fixed("BF16", 64)]),
+    "w4a8, scale a row": ("W4A8Gemm", [("INT8", (1, 4, 128), (4, 4, 128)), fixed("INT8", 64, 64), ("FLOAT", (1, 4, 1), (4, 4, 1)),
+                                       fixed("FLOAT", 1, 64), fixed("HALF", 64)]),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
