@@ -161,10 +161,10 @@ def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str
     if depth > 256:
         raise UsageError(f"Values of width {depth} are too wide for one block.", expected="D of at most 256")
     group = min(64, max(16, triton.next_power_of_2(rows)))
-    constants = {"BLOCK_ROWS": group, "BLOCK_BYTES": 32, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
+    constants = {"BLOCK_ROWS": group, "BLOCK_BYTES": 16, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
     scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2, "depth": depth}
     types = ("int8", "float32", dtype, dtype)
-    return Launch(attention_value, types, scalars, constants, batch * triton.cdiv(rows, group), warps=4, stages=3)
+    return Launch(attention_value, types, scalars, constants, batch * triton.cdiv(rows, group), warps=4 if depth <= 64 else 8, stages=2)
 
 
 def sulq_softmax(x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
