@@ -1,0 +1,1 @@
+"""Softmax with weights quantized by their logarithm."""

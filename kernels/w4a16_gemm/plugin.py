@@ -1,0 +1,25 @@
+"""TensorRT plugin `graphq::W4A16Gemm`."""
+
+from graphq import ops
+
+from .._plugin import as_packed, embed_product, operands
+from .kernel import launch
+
+
+def register(arch: int) -> None:
+    """Register it in TensorRT, with kernels for compute capability `arch`."""
+    import tensorrt.plugin as trtp
+
+    @trtp.register("graphq::W4A16Gemm")
+    def describe(x: trtp.TensorDesc, weight: trtp.TensorDesc, w_scale: trtp.TensorDesc, bias: trtp.TensorDesc) -> trtp.TensorDesc:
+        *rows, _ = x.shape_expr
+        return trtp.from_shape_expr((*rows, weight.shape_expr[0]), x.dtype)
+
+    @trtp.aot_impl("graphq::W4A16Gemm")
+    def implement(
+        x: trtp.TensorDesc, weight: trtp.TensorDesc, w_scale: trtp.TensorDesc, bias: trtp.TensorDesc,
+        outputs: tuple[trtp.TensorDesc], tactic: int,
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:  # fmt: skip
+        found = as_packed(operands(x=x, weight=weight, w_scale=w_scale, bias=bias))
+        made = launch(ops.check("W4A16Gemm", found), found["x"].dtype, arch)
+        return embed_product(made, arch, x, weight)

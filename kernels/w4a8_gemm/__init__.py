@@ -1,0 +1,1 @@
+"""Weights of 4 bits in groups, activations of 8."""

@@ -1,0 +1,1 @@
+"""Weights and activations of 8 bits."""
