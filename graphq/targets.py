@@ -48,6 +48,7 @@ class Target:
         storage: Element types that its DequantizeLinear takes.
         activation_storage: Those of them that activations may have.
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
+        halves: Half-precision types whose operators it has, by the names that recipes use.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
     """
@@ -68,6 +69,7 @@ class Target:
     activation_storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     measures_speed: bool = False
     builds_engines: bool = False
+    halves: frozenset[str] = frozenset({"fp16", "bf16"})
     integer_lookup: bool = True
     minimum_opset: int = field(default=21)
 
@@ -106,6 +108,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         moves_codes=frozenset({*_SHAPE_ONLY, "SpaceToDepth"}),
         forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection", "attention-bias"}),
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
+        halves=frozenset({"fp16"}),
     ),
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": replace(_TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins"),
