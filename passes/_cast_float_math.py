@@ -71,22 +71,20 @@ def _capacity(bytes_: float) -> int:
     return int(min(max(round(bytes_ / _UNIT), 1), _MOST))
 
 
-def constant_loss(array: np.ndarray, half: Half, *, saturate: bool, each: bool, min_sqnr_db: float) -> str | None:
-    """Why the constant `array` must not be half; None if it may.
+def constant_loss(array: np.ndarray, half: Half, *, bound: bool, scale: bool, min_sqnr_db: float) -> str | None:
+    """Why the constant `array` must not be half; None if it may. What rounding does to weights is measured with their node.
 
     Args:
-        saturate: Whether what is beyond the limits may become the limit: bounds of a Clip.
-        each: Whether every element counts, as of scales, or their power, as of weights.
+        bound: What is beyond the limits may become the limit: the bounds of a Clip.
+        scale: Each element counts for itself: scales of activations.
+        min_sqnr_db: What each scale has to keep.
     """
     finite = array[np.isfinite(array)].astype(np.float64)
-    if not saturate and np.abs(finite).max(initial=0.0) > half.limit:
-        return f"a constant of {np.abs(finite).max():.3g} is beyond {half.storage}"
+    largest = float(np.abs(finite).max(initial=0.0))
+    if not bound and largest > half.limit:
+        return f"a constant of {largest:.3g} is beyond {half.storage}"
     rounded = half.round(finite, saturate=True).astype(np.float64)
     if array.size == 1 and finite.any() and not rounded.any():
         return f"a constant of {finite[0]:.3g} is 0 in {half.storage}"
-    noise, power = (rounded - finite) ** 2, finite**2
-    if each:
-        worst = int(np.argmax(noise / np.maximum(power, 1e-300))) if finite.size else 0
-        noise, power = noise[worst : worst + 1], power[worst : worst + 1]
-    loss = decibel(float(power.sum()), float(noise.sum()))
-    return f"a constant keeps {loss:.1f} dB in {half.storage}, less than {min_sqnr_db:g}" if loss < min_sqnr_db and not saturate else None
+    loss = min((decibel(a * a, (a - b) ** 2) for a, b in zip(finite, rounded, strict=True)), default=np.inf) if scale else np.inf
+    return f"a scale keeps {loss:.1f} dB in {half.storage}, less than {min_sqnr_db:g}" if loss < min_sqnr_db else None

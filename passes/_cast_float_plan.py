@@ -56,12 +56,19 @@ def is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
+def follows(node: ir.Node) -> bool:
+    """Whether `node` is a Cast to another type, which takes float32 and half alike: no Cast goes before it."""
+    return node.op_type == "Cast" and not node.domain and node.outputs[0].dtype != WIDE
+
+
 def make_plan(ctx: PassContext, half: Half, *, exclude: Sequence[str], margin: float, min_sqnr_db: float, samples: int) -> Plan:
     """Decide for every node; see the options of the pass."""
     model, plan = ctx.model, Plan()
     opset = ir.opset(model)
     for node in model.graph:
         values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
+        if follows(node):
+            continue
         if any(value.dtype == WIDE for value in values) or any(ir.subgraphs(node)):
             found = _definition(node, opset, half, exclude)
             if isinstance(found, str):
@@ -72,7 +79,7 @@ def make_plan(ctx: PassContext, half: Half, *, exclude: Sequence[str], margin: f
     stats = ctx.observe(Range(value.name or "") for value in _values(plan))
     ranges = {observer.value: _largest(stat) for observer, stat in stats.items() if isinstance(observer, Range)}
     _drop(plan, lambda node: _range(node, ranges, half, margin))
-    counting = _counting(plan)
+    counting = _counting(plan, model.graph)
     _drop(plan, lambda node: "whole numbers are made of what it computes" if node in counting else None)
     if samples:
         wanted = {node: found for node, found in plan.half.items() if not found.moves and found.outputs[:1] == (0,)}
@@ -107,9 +114,9 @@ def _constants(node: ir.Node, found: Slots, half: Half, min_sqnr_db: float) -> s
     for index in found.inputs:
         array = ir.constant(node.inputs[index])
         if array is not None:
-            saturate = index in BOUNDS.get(node.op_type, ())
-            each = index in SCALES.get(node.op_type, ()) and ir.constant(node.inputs[0]) is None
-            if reason := constant_loss(array, half, saturate=saturate, each=each, min_sqnr_db=min_sqnr_db):
+            bound = index in BOUNDS.get(node.op_type, ())
+            scale = index in SCALES.get(node.op_type, ()) and ir.constant(node.inputs[0]) is None
+            if reason := constant_loss(array, half, bound=bound, scale=scale, min_sqnr_db=min_sqnr_db):
                 return reason
     return None
 
@@ -135,7 +142,7 @@ def _range(node: ir.Node, ranges: Mapping[str, float], half: Half, margin: float
         if 0 < largest < half.tiny:
             return f"{value.name} is {largest:.3g} at most, too small for {half.storage}"  # type: ignore[union-attr]
     source = node.inputs[0] if node.inputs else None
-    if node.op_type == "Cast" and source is not None and source.dtype is not None and source.dtype.is_integer():
+    if node.op_type == "Cast" and _is_whole(source):
         largest = ranges.get(node.outputs[0].name or "", 0.0)
         return f"whole numbers up to {largest:.0f} are not exact in {half.storage}" if largest > 2**half.digits else None
     if node.op_type in SUMS and source is not None:
@@ -158,23 +165,20 @@ def _summed(node: ir.Node) -> int:
     return sample_size((1, *source[2:]))
 
 
-def _counting(plan: Plan) -> set[ir.Node]:
+def _counting(plan: Plan, graph: ir.Graph) -> set[ir.Node]:
     """Nodes from which integers are computed (sizes, positions), back to the next operator with weights."""
     found: set[ir.Node] = set()
-    waiting = [ir.producer(node.inputs[0]) for node in plan.half if node.op_type == "Cast" and _makes_integers(node)]
-    found |= {node for node in plan.half if node.op_type == "Cast" and _makes_integers(node)}
+    waiting = [ir.producer(node.inputs[0]) for node in graph if follows(node) and _is_whole(node.outputs[0])]
     while waiting:
         node = waiting.pop()
-        if node is None or node in found or node.op_type in linear.LINEAR_OPS or node not in plan.half:
-            continue
-        found.add(node)
-        waiting += [ir.producer(node.inputs[index]) for index in plan.half[node].inputs]
+        if node is not None and node not in found and node in plan.half and node.op_type not in linear.LINEAR_OPS:
+            found.add(node)
+            waiting += [ir.producer(node.inputs[index]) for index in plan.half[node].inputs]
     return found
 
 
-def _makes_integers(cast: ir.Node) -> bool:
-    kind = cast.outputs[0].dtype
-    return kind is not None and kind.is_integer()
+def _is_whole(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
 def _error(sqnr_db: float, least: float, half: Half) -> str | None:
@@ -189,7 +193,8 @@ def _settle(plan: Plan, ctx: PassContext) -> None:
     for node in nodes:
         for value in {*ir.reads(node), *node.outputs}:
             if value.dtype == WIDE and value.name and not is_constant(value) and value not in wires:
-                readers = [numbers.get(use.node, BORDER) for use in ir.uses(value)] + [BORDER] * value.is_graph_output()
+                readers = [numbers.get(use.node, BORDER) for use in ir.uses(value) if not follows(use.node)]
+                readers += [BORDER] * value.is_graph_output()
                 producer = ir.producer(value)
                 cost = CAST_BYTES * _elements(value) + LAUNCH_BYTES
                 wires[value] = Wire(numbers.get(producer, BORDER) if producer else BORDER, tuple(readers), cost)

@@ -82,7 +82,7 @@ def _write(plan: Plan, half: Half, ctx: PassContext) -> int:
             if planning.is_constant(value):
                 if wanted:
                     ctx.edit.rewire(node, index, _constant(node, index, half, ctx))
-            elif wanted != (value in narrow):
+            elif wanted != (value in narrow) and not planning.follows(node):
                 ctx.edit.rewire(node, index, _cast(value, half if wanted else None, casts, ctx))
         if value in narrow and value.is_graph_output():
             ctx.edit.replace_output(value, _cast(value, None, casts, ctx))
