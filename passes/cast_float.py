@@ -13,6 +13,7 @@ from graphq import ir
 from graphq.errors import TargetError
 from graphq.exclude import require_matches
 from graphq.half import BFLOAT16_OPSET, HALVES, Half
+from graphq.passes import _cast_float_masks as masks
 from graphq.passes import _cast_float_plan as planning
 from graphq.passes._cast_float_plan import Plan
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -28,8 +29,8 @@ class CastFloat(Pass):
 
     A node stays float32 if ONNX does not define it for the type, if a value near it was seen to come too near to the type's
     limits, if a constant that it reads gets lost, or if its own error, measured with rounded inputs and output, is too large; then
-    those around it stay float32 whose Casts would cost more than they save. Subgraphs and functions stay float32. It has to be
-    the last pass: others look for float32.
+    those around it stay float32 whose Casts would cost more than they save. Subgraphs and functions stay float32; masks of a Softmax
+    that stand for minus infinity become numbers that the type holds. It has to be the last pass: others look for float32.
 
     Attributes:
         precision: `fp16` (11 significant bits, up to 65504) or `bf16` (8 bits, the range of float32).
@@ -61,6 +62,7 @@ class CastFloat(Pass):
         if self.precision == "bf16":
             ctx.edit.raise_opset(BFLOAT16_OPSET)
         least = LEAST_SQNR_DB[self.precision] if self.min_sqnr_db is None else self.min_sqnr_db
+        masks.saturate(ctx, half, self.margin)
         plan = planning.make_plan(ctx, half, exclude=self.exclude, margin=self.margin, min_sqnr_db=least, samples=self.error_samples)
         casts = _write(plan, half, ctx)
         for node, reason in plan.kept.items():

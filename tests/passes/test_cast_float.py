@@ -19,7 +19,7 @@ from graphq import ir
 from graphq.backends import tensorrt
 from graphq.calibration import open_calibration
 from graphq.errors import RecipeError, TargetError
-from graphq.executor import Executor
+from graphq.executor import Executor, Fetch
 from graphq.half import HALVES
 from graphq.models import digits, onnx_path
 from graphq.noise import decibel
@@ -247,6 +247,44 @@ def test_bounds_beyond_the_type_become_its_limit() -> None:
     (clip,) = [node for node in model.graph if node.op_type == "Clip"]
     bound = ir.constant(clip.inputs[2])
     assert bound is not None and float(bound) == 65504 and not record.skipped
+
+
+MASKS = {
+    "product": "o = Sub(one, m)\nn = Mul(o, low)\nt = Add(s, n)",
+    "choice": "k = Cast <to = 9> (m)\nt = Where(k, s, low)",
+    "two": "o = Sub(one, m)\nn = Mul(o, low)\nk = Cast <to = 9> (m)\nf = Where(k, s, low)\nt = Add(f, n)",
+}
+
+
+def masked(case: str, after: str = "p = Softmax(t)") -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    proto = build(f"""g (float[N, 4, 8] x, float[N, 1, 4] m) => (float[N, 4, 8] y)
+    {{ a = MatMul(x, w)\nu = Transpose <perm = [0, 2, 1]> (a)\ns = MatMul(x, u)\n{MASKS[case]}\n{after}\ny = MatMul(p, a) }}""",
+                  w=floats(8, 8), one=np.float32(1), low=np.float32(np.finfo(np.float32).min))  # fmt: skip
+    mask = np.ones((16, 1, 4), np.float32)
+    mask[3:, :, 2:], mask[9] = 0, 0
+    return proto, {"x": floats(16, 4, 8), "m": mask}
+
+
+@BOTH
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_that_stand_for_infinity_become_half(case: str, precision: str) -> None:
+    """The smallest float32 is out of either type; shortened, it masks as before, exactly."""
+    proto, feeds = masked(case)
+    model, record = cast(proto, feeds, precision=precision)
+    assert not record.skipped and casts(model) == 3 + (case == "two")  # x, y, and m: to half, to bool, to both
+    expected, found = run(proto, feeds), run(model, feeds)
+    seen = feeds["m"].any(axis=(1, 2))  # where everything is masked there is nothing to keep but finite numbers
+    assert sqnr(expected[seen], found[seen]) > (50 if precision == "fp16" else 30) and np.isfinite(found).all()
+    probe = Executor(model, [Fetch("p")]).run(feeds)[0]
+    assert not probe[4, :, 2:].any()
+
+
+@pytest.mark.parametrize(("after", "scale"), [("p = Relu(t)", 1), ("q = Neg(t)\np = Softmax(q)", 1), ("p = Softmax(t)", 30)])
+def test_masks_that_may_mean_something_else_stay(after: str, scale: float) -> None:
+    """What does not end in a Softmax, and what is too near to the scores."""
+    proto, feeds = masked("product", after)
+    model, record = cast(proto, {**feeds, "x": feeds["x"] * scale})
+    assert any("beyond float16" in reason for row, reason in record.skipped if row.startswith("Mul "))
 
 
 def test_fixed_inputs_keep_their_type() -> None:
