@@ -1,8 +1,8 @@
 """Run a model, or a part of one, with ONNX Runtime's public API and look at any of its values.
 
 Whole tensors leave the session only when somebody asks for them: extrema and subsamples are reduced inside the graph.
-QDQ fusion is off by default, so that the numbers are those of the ONNX semantics; `deployed=True` gives the
-session that a user would run.
+QDQ fusion is off by default and half precision is emulated, so that the numbers are those of the ONNX semantics;
+`deployed=True` gives the session that a user would run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from graphq import ir
+from graphq import half, ir
 from graphq.errors import ModelError
 from graphq.observers import View
 
@@ -76,6 +76,7 @@ class Executor:
                  prepack: bool = True, optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
+            model = model if deployed else half.emulated(model)
             proto, weights = ir.light_proto(model)
         else:
             proto, weights = ir.segment_proto(model, nodes, feeds or {})

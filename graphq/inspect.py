@@ -12,7 +12,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from graphq import ir, linear, verify
+from graphq import half, ir, linear, verify
 from graphq.calibration import CalibrationSet
 from graphq.data import open_data
 from graphq.errors import GraphqError, ModelError, RecipeError
@@ -212,14 +212,14 @@ def compare_files(a: str | Path, b: str | Path, data: str | Path | None = None, 
                   layers: bool = False, seed: int = 0) -> tuple[tuple[OutputComparison, ...], str]:  # fmt: skip
     """How far `b` is from `a` on the same inputs (random ones without `data`), and a line about these inputs.
 
-    Outputs are those of the models as ONNX Runtime deploys them. With `layers` it is every float value that both models have
-    under one name, computed by the plain semantics of the operators, worst first.
+    Outputs are those of the models as ONNX Runtime deploys them, or of half precision itself (see `graphq.half`). With `layers` it
+    is every float value that both models have under one name, computed by the plain semantics of the operators, worst first.
     """
     first, second = ir.load(a), ir.load(b)
     names = _shared_values(first, second) if layers else _shared_outputs(first, second, f"{a} and {b}")
     calibration = open_data(data, second, preprocess, seed).take(samples)  # the second may remember its preprocessing
     fetches = [Fetch(name) for name in names]
-    reference, result = (Executor(model, fetches, deployed=not layers) for model in (first, second))
+    reference, result = (Executor(model, fetches, deployed=not layers and not half.has_half(model)) for model in (first, second))
     found = verify.compare(reference, result, calibration, names)
     if layers:
         found = tuple(replace(one, top1_agreement=None) for one in sorted(found, key=lambda one: one.sqnr_db))
@@ -242,7 +242,8 @@ def _shared_values(a: ir.Model, b: ir.Model) -> list[str]:
         {out.name: out.dtype for node in model.graph if node.op_type not in ("Constant", *_QUANTIZING) for out in node.outputs}
         for model in (a, b)
     )
-    return [name for name, kind in ours.items() if name and kind == theirs.get(name) == ir.DataType.FLOAT]
+    floats = {ir.DataType.FLOAT, *half.CODES}
+    return [name for name, kind in ours.items() if name and {kind, theirs.get(name)} <= floats]
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------

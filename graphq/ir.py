@@ -29,7 +29,7 @@ DOMAIN = "graphq"
 """Domain of the operators that passes write as model-local functions (see `graphq.functions`)."""
 
 MAX_OPSET, _PROTOBUF_LIMIT = onnx.defs.onnx_opset_version(), 1 << 31
-_NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2")} | {
+_NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2", "bfloat16")} | {
     "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float4e2m1": ml_dtypes.float4_e2m1fn,
 }  # fmt: skip
 

@@ -49,6 +49,7 @@ class Target:
         activation_storage: Those of them that activations may have; narrower codes are stored in 8 bits, clipped.
         narrow_weights: Operator types whose weights may be stored in fewer than 8 bits.
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
+        halves: Half-precision types whose operators it has, by the names that recipes use.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
         builds_engines: Whether results can be compiled to an engine file.
         engine_lacks: Names of the `EngineOptions` that its builder does not have, with the reason.
@@ -72,6 +73,7 @@ class Target:
     measures_speed: bool = False
     builds_engines: bool = False
     engine_lacks: Mapping[str, str] = field(default_factory=dict)
+    halves: frozenset[str] = frozenset({"fp16", "bf16"})
     integer_lookup: bool = True
     minimum_opset: int = field(default=21)
 
@@ -117,6 +119,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         moves_codes=frozenset({*_SHAPE_ONLY, "SpaceToDepth"}),
         forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection", "attention-bias"}),
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
+        halves=frozenset({"fp16"}),
     ),
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": replace(

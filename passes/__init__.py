@@ -17,4 +17,5 @@ CATALOG = {
     "cross-scale": "graphq.passes.cross_scale:CrossScale",
     "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
     "prune": "graphq.passes.prune:Prune",
+    "cast-float": "graphq.passes.cast_float:CastFloat",
 }

@@ -42,6 +42,24 @@ def test_real_models(name: str, assets: ModuleType, tmp_path: Path) -> None:
     to_engine(ASSETS / "models" / f"{name}.onnx", tmp_path, "int8", assets.calibration(name, 16))
 
 
+HALF = {
+    "fp16": "- cast-float",
+    "bf16": "- cast-float: {precision: bf16}",
+    "int8 and fp16": "- insert-qdq\n- cast-float",
+    "int8 and bf16": "- insert-qdq\n- cast-float: {precision: bf16}",
+    "int4 and fp16": "- quantize-weights: {bits: 4, group_size: 32, fallback_bits: 8}\n- cast-float",
+}
+
+
+@pytest.mark.parametrize("passes", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("name", ["digits_vit", "digits_cnn"])
+def test_half_precision(name: str, passes: str, tmp_path: Path) -> None:
+    recipe, out = parse_recipe(f"passes:\n- normalize\n{passes}\n", "half"), tmp_path / "m.engine"
+    calib = {"input": digits.calibration(32)}
+    report = graphq.convert(onnx_path(name), out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
+    assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 25
+
+
 @pytest.mark.parametrize("passes", [
     "- ln-reparam: {bits: 8}", "- sulq-softmax: {bits: 4}", "- sulq-softmax: {bits: 4, quantizer: log2}",
     "- ln-reparam: {bits: 8}\n- sulq-softmax: {bits: 4}\n- insert-qdq",

@@ -38,6 +38,9 @@ LOW_BIT = {
 }
 """Points of accuracy that may be lost, and the share of the quantized weights' bytes, by model and recipe."""
 
+HALF = {"fp16": 48, "bf16": 28}
+"""What the outputs keep, in dB."""
+
 
 def recipe(name: str) -> Recipe:
     """Without the gate on speed: the networks are tiny and the machine may be busy."""
@@ -74,7 +77,19 @@ def accuracy(path: Path) -> float:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(SHARES) | {name for _, name in LOW_BIT} == set(builtin_recipes())
+    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) == set(builtin_recipes())
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("model", MODELS)
+def test_half_precision(folder: Path, model: str, name: str) -> None:
+    """Half the size, and the classes of all but a few images, computed as the type computes; nothing has to stay float32."""
+    found, out = converted(folder, model, name, "tensorrt-rtx")
+    assert found.output.bytes < 0.6 * found.model.bytes
+    assert found.accuracy is not None and found.accuracy.reference - found.accuracy.result <= 0.01
+    (counts,) = [entry.numbers for entry in found.passes[-1].measurements if entry.where == "all nodes"]
+    assert counts["float32"] == 0 and counts["casts"] == 2 == sum(node.op_type == "Cast" for node in ir.load(out).graph)
+    assert found.comparison[0].sqnr_db > HALF[name] and not found.notes
 
 
 @pytest.mark.parametrize(("model", "name"), LOW_BIT)

@@ -1,0 +1,162 @@
+"""Half precision: what float16 and bfloat16 hold, which operators are defined for them, and how a model in them is run honestly.
+
+ONNX Runtime's CPU computes most float16 operators in float32 and drops the casts between them, so that nothing ever overflows
+(the square of 3000 comes out as 9 million), and has no bfloat16 operators at all. `emulated` therefore writes each half value as
+a float32 one that is rounded by a pair of Casts, which the runtime keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+from onnx import defs
+
+from graphq import ir
+from graphq.editor import Editor
+
+BFLOAT16_OPSET = 22
+"""From here on Conv, pooling and most other operators are defined for bfloat16."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """A float type of 16 bits.
+
+    Attributes:
+        storage: Its name in numpy and, with `tensor()` around it, in ONNX schemas.
+        code: Its ONNX type.
+        digits: Bits of the significand: whole numbers up to `2**digits` are exact.
+        limit: Its largest number.
+        tiny: Its smallest number that has all digits.
+        least: Its smallest number above 0.
+    """
+
+    storage: str
+    code: ir.DataType
+    digits: int
+    limit: float
+    tiny: float
+    least: float
+
+    def round(self, array: np.ndarray, *, saturate: bool = False) -> np.ndarray:
+        """`array` in this type; too large becomes infinite, or with `saturate` the largest number."""
+        if saturate:
+            array = np.clip(array, -self.limit, self.limit)
+        with np.errstate(over="ignore"):
+            return np.asarray(array).astype(np.float16 if self.storage == "float16" else ml_dtypes.bfloat16)
+
+
+HALVES: Mapping[str, Half] = MappingProxyType({
+    "fp16": Half("float16", ir.DataType.FLOAT16, 11, 65504.0, 2.0**-14, 2.0**-24),
+    "bf16": Half("bfloat16", ir.DataType.BFLOAT16, 8, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 2.0**-126, 2.0**-133),
+})  # fmt: skip
+
+CODES = frozenset(half.code for half in HALVES.values())
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which float32 values of a node become half if the node does.
+
+    Attributes:
+        inputs: Indices of inputs; float32 inputs that are not named have no other type (the scales of a Resize).
+        outputs: Indices of outputs.
+        moves: Whether the operator only moves elements: it takes text as well as numbers.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    moves: bool
+
+
+def slots(node: ir.Node, opset: int, half: Half) -> Slots | str:
+    """What becomes half in `node` by its definition in `opset`, or why it has to stay float32."""
+    wide = ir.DataType.FLOAT
+    try:
+        schema = defs.get_schema(node.op_type, opset, node.domain)
+    except defs.SchemaError:
+        return f"{node.domain or 'ai.onnx'}.{node.op_type} is not an operator of ONNX"
+    named = f"tensor({half.storage})"
+    given = [(index, _formal(schema.inputs, index)) for index, value in enumerate(node.inputs) if value is not None and value.dtype == wide]
+    made = [(index, _formal(schema.outputs, index)) for index, value in enumerate(node.outputs) if value.dtype == wide]
+    inputs = [(index, formal) for index, formal in given if named in formal.types]
+    tied = {formal.type_str for _, formal in inputs}
+    unnamed = f"it has no {half.storage} form in opset {opset}"
+    for index, formal in made:
+        if named not in formal.types:
+            return unnamed
+        if formal.type_str not in tied and node.op_type != "Cast" and (node.outputs[index].uses() or node.outputs[index].is_graph_output()):
+            return f"its output {formal.name} is float32 whatever it reads"
+    if not inputs and not made:
+        return unnamed
+    moves = all("tensor(string)" in formal.types for _, formal in [*inputs, *made])
+    return Slots(tuple(index for index, _ in inputs), tuple(index for index, _ in made if node.outputs[index].name), moves)
+
+
+def _formal(parameters: Sequence[defs.OpSchema.FormalParameter], index: int) -> defs.OpSchema.FormalParameter:
+    """The definition of input or output `index`: the last one stands for all that follow."""
+    return parameters[min(index, len(parameters) - 1)]
+
+
+def is_half(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype in CODES
+
+
+def has_half(model: ir.Model) -> bool:
+    """Whether anything in the main graph is float16 or bfloat16."""
+    return any(map(is_half, ir.values_by_name(model.graph).values()))
+
+
+def emulated(model: ir.Model) -> ir.Model:
+    """A model that computes in float32 what `model` computes in half precision, rounded after each node; names stay.
+
+    What it returns and is fed keeps its type. `model` itself comes back if it holds no half values, or if they cannot be told
+    apart: types are not stated, or some lie in subgraphs and functions.
+    """
+    if not has_half(model) or any(_is_hidden(node, model) for node in ir.all_nodes(model)):
+        return model
+    copy = ir.clone(model)
+    edit = Editor(copy)
+    for value in copy.graph.initializers.values():
+        array = ir.constant(value)
+        if is_half(value) and array is not None and not value.is_graph_output():
+            value.const_value = ir.make_tensor(array.astype(np.float32), "float32", value.name or "")
+            value.type = ir.tensor_type("float32")
+    for value in copy.graph.inputs:
+        if is_half(value):
+            _read_wide(edit, value, value)
+    for node in list(copy.graph):
+        for out in [out for out in node.outputs if is_half(out)]:
+            narrow = out
+            if node.op_type != "Cast":
+                code = int(out.dtype or 0)
+                narrow = edit.insert(node, "Cast", [out], output=f"{out.name}_rounded", attributes={"to": code}, like=out, after=True)
+                out.type = ir.tensor_type("float32")
+            _read_wide(edit, out, narrow)
+    return copy
+
+
+def _read_wide(edit: Editor, out: ir.Value, narrow: ir.Value) -> None:
+    """Let all readers of `out` read `narrow`, its half form, as float32; what the model returns is `narrow` itself."""
+    readers = [(use.node, use.idx) for use in ir.uses(out) if use.node is not narrow.producer()]
+    maker, to = narrow.producer(), {"to": int(ir.DataType.FLOAT)}
+    wide = edit.insert(maker, "Cast", [narrow], output=f"{out.name}_wide", attributes=to, after=maker is not None)
+    wide.shape, wide.type = out.shape, ir.tensor_type("float32")
+    for reader, index in readers:
+        edit.rewire(reader, index, wide)
+    if out.is_graph_output() and narrow is not out:
+        edit.replace_output(out, narrow)
+    elif not (out.is_graph_output() or out.is_graph_input()):
+        out.name, wide.name = wide.name, out.name  # whoever asks for the value gets numbers that numpy knows
+
+
+def _is_hidden(node: ir.Node, model: ir.Model) -> bool:
+    """Whether `node` may compute in half precision where `emulated` does not look, or with types that it does not know."""
+    values = [*node.inputs, *node.outputs]
+    if node.graph is not model.graph or node.domain:
+        return any(map(is_half, values))
+    return any(value is not None and value.dtype is None and value.type is None for value in node.outputs if value.name)

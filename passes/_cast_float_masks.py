@@ -1,0 +1,87 @@
+"""Masks for a Softmax: constants near the end of float32 (-3.4e38) that stand for minus infinity, written as numbers that half
+precision holds. Otherwise the sum with the scores and the Softmax would stay float32, and with them the fused attention is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from graphq import ir
+from graphq.half import Half, slots
+from graphq.observers import Range
+from graphq.pipeline import PassContext
+
+ENOUGH = 8
+"""A mask is so many times larger than any score seen, at least."""
+
+ZERO = 200.0
+"""A mask is at least so large: the exponential of minus that is 0 in float32, and so is that of any score below it."""
+
+
+@dataclass
+class _Paths:
+    """Where a constant goes: the values made from it, what is multiplied with these, and what is added or put beside them."""
+
+    values: set[ir.Value] = field(default_factory=set)
+    factors: set[ir.Value] = field(default_factory=set)
+    others: set[ir.Value] = field(default_factory=set)
+
+
+def saturate(ctx: PassContext, half: Half, margin: float) -> None:
+    """Shorten the constants all of whose ways end in a Softmax, if the data shows that they still mask."""
+    limit = -half.limit / (2 * margin)  # two masks may be added
+    found = {value: paths for value in _candidates(ctx.model, 2 * limit) if (paths := _follow(value, half, ir.opset(ctx.model)))}
+    if not found or -limit < ZERO:
+        return
+    masks = set().union(*(paths.values for paths in found.values()))
+    wanted = {value for paths in found.values() for value in (*paths.factors, *paths.others) if ir.constant(value) is None} - masks
+    stats = ctx.observe(Range(value.name or "") for value in wanted)
+
+    def span(value: ir.Value) -> tuple[float, float]:
+        array = ir.constant(value)
+        if array is not None:
+            return float(array.min(initial=0)), float(array.max(initial=0))
+        stat = stats[Range(value.name or "")]
+        return float(stat["low"]), float(stat["high"])
+
+    for value, paths in found.items():
+        fits = all(0 <= span(factor)[0] and span(factor)[1] <= 1 for factor in paths.factors)
+        scores = max((abs(end) for other in paths.others - masks for end in span(other)), default=0.0)
+        array = ir.constant(value)
+        if fits and ENOUGH * scores <= -limit and array is not None:
+            ctx.edit.replace(value, ctx.edit.initializer(f"{value.name}_mask", np.maximum(array, np.float32(limit))))
+            ctx.measure(value.name or "", mask_before=float(array.min()), mask_after=limit)
+
+
+def _candidates(model: ir.Model, limit: float) -> Iterator[ir.Value]:
+    """Constants with elements below `limit`, but none above minus that."""
+    for value in list(model.graph.initializers.values()):
+        array = ir.constant(value) if value.dtype == ir.DataType.FLOAT and not value.is_graph_output() else None
+        if array is not None and array.size and np.isfinite(array.min()) and array.min() < limit and array.max() <= -limit:
+            yield value
+
+
+def _follow(value: ir.Value, half: Half, opset: int) -> _Paths | None:
+    """The ways of `value`, if all of them end in a Softmax."""
+    paths, waiting = _Paths(), [value]
+    while waiting:
+        current = waiting.pop()
+        paths.values.add(current)
+        if current.is_graph_output() or not ir.uses(current):
+            return None
+        for use in ir.uses(current):
+            node = use.node
+            beside = {entry for entry in node.inputs if entry is not None and entry.dtype == ir.DataType.FLOAT} - {current}
+            definition = slots(node, opset, half)
+            if node.op_type == "Mul" and not node.domain:
+                paths.factors |= beside
+            elif isinstance(definition, str) or not (definition.moves or node.op_type in ("Add", "Softmax")):
+                return None
+            elif node.op_type != "Softmax":
+                paths.others |= beside
+            if node.op_type != "Softmax" and node.outputs[0] not in paths.values:
+                waiting.append(node.outputs[0])
+    return paths

@@ -1,0 +1,216 @@
+"""Which nodes become half precision: what ranges, measured errors and the operators' definitions allow, then what is cheapest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from graphq import ir, linear
+from graphq.exclude import is_excluded
+from graphq.executor import sample_size
+from graphq.half import Half, Slots, slots
+from graphq.observers import Range, Stat
+from graphq.passes import _cast_float_errors as errors
+from graphq.passes._cast_float_math import BORDER, Wire, constant_loss, float32_nodes
+from graphq.pipeline import PassContext
+
+WIDE = ir.DataType.FLOAT
+
+SUMS: Mapping[str, int] = {
+    "ReduceSum": 1, "ReduceMean": 1, "ReduceL1": 1, "ReduceL2": 2, "ReduceSumSquare": 2, "ReduceLogSum": 1, "CumSum": 1,
+    "GlobalAveragePool": 1, "AveragePool": 1, "GlobalLpPool": 2, "LpPool": 2, "InstanceNormalization": 2,
+}  # fmt: skip
+"""Operators that add up elements, or powers of them, in the type that they read: a partial sum may overflow though the result
+does not. Left out: LayerNormalization, RMSNormalization and GroupNormalization, whose `stash_type` is float32, and MatMul, Conv and
+Gemm, which matrix units accumulate in float32."""
+
+BOUNDS = {"Clip": (1, 2)}
+"""Constant inputs that are bounds: what is beyond half precision may become its limit, because what they bound is not."""
+
+SCALES = {"QuantizeLinear": (1,), "DequantizeLinear": (1,)}
+"""Constant inputs of which each element counts, unless what they scale is constant itself; none of them becomes 0."""
+
+CAST_BYTES, LAUNCH_BYTES, SAVED_BYTES = 6, 1 << 16, 2
+"""What a Cast moves an element and, about, what starting it costs; what half precision saves an element."""
+
+
+@dataclass
+class Plan:
+    """What becomes of each node of the main graph that reads or makes float32.
+
+    Attributes:
+        half: The nodes that become half, and which of their values.
+        kept: The others, with the reason.
+        measured: Own error of the nodes in half precision in dB, as far as it was measured.
+    """
+
+    half: dict[ir.Node, Slots] = field(default_factory=dict)
+    kept: dict[ir.Node, str] = field(default_factory=dict)
+    measured: dict[ir.Node, float] = field(default_factory=dict)
+
+
+def is_constant(value: ir.Value) -> bool:
+    return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def follows(node: ir.Node) -> bool:
+    """Whether `node` is a Cast to another type, which takes float32 and half alike: no Cast goes before it."""
+    return node.op_type == "Cast" and not node.domain and node.outputs[0].dtype != WIDE
+
+
+def make_plan(ctx: PassContext, half: Half, *, exclude: Sequence[str], margin: float, min_sqnr_db: float, samples: int) -> Plan:
+    """Decide for every node; see the options of the pass."""
+    model, plan = ctx.model, Plan()
+    opset = ir.opset(model)
+    for node in model.graph:
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
+        if follows(node):
+            continue
+        if any(value.dtype == WIDE for value in values) or any(ir.subgraphs(node)):
+            found = _definition(node, opset, half, exclude)
+            if isinstance(found, str):
+                plan.kept[node] = found
+            else:
+                plan.half[node] = found
+    _drop(plan, lambda node: _constants(node, plan.half[node], half, min_sqnr_db))
+    stats = ctx.observe(Range(value.name or "") for value in _values(plan))
+    ranges = {observer.value: _largest(stat) for observer, stat in stats.items() if isinstance(observer, Range)}
+    _drop(plan, lambda node: _range(node, ranges, half, margin))
+    counting = _counting(plan, model.graph)
+    _drop(plan, lambda node: "whole numbers are made of what it computes" if node in counting else None)
+    if samples:
+        wanted = {node: found for node, found in plan.half.items() if not found.moves and found.outputs[:1] == (0,)}
+        plan.measured = errors.measure(model, wanted, half, ctx.calib.take(samples)) if wanted else {}
+        _drop(plan, lambda node: _error(plan.measured.get(node, math.inf), min_sqnr_db, half))
+    _settle(plan, ctx)
+    return plan
+
+
+def _drop(plan: Plan, reason_of) -> None:  # type: ignore[no-untyped-def]
+    for node in list(plan.half):
+        reason = reason_of(node)
+        if reason is not None:
+            del plan.half[node]
+            plan.kept[node] = reason
+
+
+def _definition(node: ir.Node, opset: int, half: Half, exclude: Sequence[str]) -> Slots | str:
+    """What ONNX says of the node."""
+    if is_excluded(node, exclude):
+        return "excluded by the recipe"
+    if any(ir.subgraphs(node)):
+        return "it has subgraphs, which stay float32"
+    if node.domain == ir.DOMAIN:
+        return "functions of graphq compute in float32"
+    if any(value is not None and value.name and value.dtype is None for value in (*node.inputs, *node.outputs)):
+        return "the element type of what it reads or makes is not known"
+    return slots(node, opset, half)
+
+
+def _constants(node: ir.Node, found: Slots, half: Half, min_sqnr_db: float) -> str | None:
+    for index in found.inputs:
+        array = ir.constant(node.inputs[index])
+        if array is not None:
+            bound = index in BOUNDS.get(node.op_type, ())
+            scale = index in SCALES.get(node.op_type, ()) and ir.constant(node.inputs[0]) is None
+            if reason := constant_loss(array, half, bound=bound, scale=scale, min_sqnr_db=min_sqnr_db):
+                return reason
+    return None
+
+
+def _values(plan: Plan) -> Iterator[ir.Value]:
+    """The values, not constants, that would be half."""
+    for node, found in plan.half.items():
+        for value in (*(node.inputs[index] for index in found.inputs), *(node.outputs[index] for index in found.outputs)):
+            if value is not None and not is_constant(value):
+                yield value
+
+
+def _largest(stat: Stat) -> float:
+    return max(-float(stat["low"]), float(stat["high"]), 0.0)
+
+
+def _range(node: ir.Node, ranges: Mapping[str, float], half: Half, margin: float) -> str | None:
+    """Whether what was seen fits, with the margin."""
+    for value in (*node.inputs, *node.outputs):
+        largest = ranges.get(value.name or "", 0.0) if value is not None else 0.0
+        if largest * margin > half.limit:
+            return f"{value.name} reaches {largest:.3g}, too near to the limit of {half.storage}"  # type: ignore[union-attr]
+        if 0 < largest < half.tiny:
+            return f"{value.name} is {largest:.3g} at most, too small for {half.storage}"  # type: ignore[union-attr]
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type == "Cast" and _is_whole(source):
+        largest = ranges.get(node.outputs[0].name or "", 0.0)
+        return f"whole numbers up to {largest:.0f} are not exact in {half.storage}" if largest > 2**half.digits else None
+    if node.op_type in SUMS and source is not None:
+        power, count = SUMS[node.op_type], _summed(node)
+        largest = count * ranges.get(source.name or "", 0.0) ** power
+        if largest > half.limit:
+            return f"a sum over {count} elements may reach {largest:.3g}, beyond {half.storage}"
+    return None
+
+
+def _summed(node: ir.Node) -> int:
+    """How many elements go into one of the node's output, as far as sizes are known."""
+    if node.op_type in ("AveragePool", "LpPool"):
+        return math.prod(ir.attribute(node, "kernel_shape", ()))
+    source = ir.shape_of(node.inputs[0]) or ()
+    if node.op_type.startswith("Reduce"):
+        return max(1, round(sample_size((1, *source)) / sample_size((1, *(ir.shape_of(node.outputs[0]) or ())))))
+    if node.op_type == "CumSum":
+        return max((dim for dim in source if isinstance(dim, int)), default=1)
+    return sample_size((1, *source[2:]))
+
+
+def _counting(plan: Plan, graph: ir.Graph) -> set[ir.Node]:
+    """Nodes from which integers are computed (sizes, positions), back to the next operator with weights."""
+    found: set[ir.Node] = set()
+    waiting = [ir.producer(node.inputs[0]) for node in graph if follows(node) and _is_whole(node.outputs[0])]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found and node in plan.half and node.op_type not in linear.LINEAR_OPS:
+            found.add(node)
+            waiting += [ir.producer(node.inputs[index]) for index in plan.half[node].inputs]
+    return found
+
+
+def _is_whole(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
+
+
+def _error(sqnr_db: float, least: float, half: Half) -> str | None:
+    return f"its own error in {half.storage} of {sqnr_db:.1f} dB is worse than {least:g}" if sqnr_db < least else None
+
+
+def _settle(plan: Plan, ctx: PassContext) -> None:
+    """Leave in float32 what would cost more Casts than it saves."""
+    nodes = [node for node in ctx.model.graph if node in plan.half or node in plan.kept]
+    numbers = {node: index for index, node in enumerate(nodes)}
+    wires: dict[ir.Value, Wire] = {}
+    for node in nodes:
+        for value in {*ir.reads(node), *node.outputs}:
+            if value.dtype == WIDE and value.name and not is_constant(value) and value not in wires:
+                readers = [numbers.get(use.node, BORDER) for use in ir.uses(value) if not follows(use.node)]
+                readers += [BORDER] * value.is_graph_output()
+                producer = ir.producer(value)
+                cost = CAST_BYTES * _elements(value) + LAUNCH_BYTES
+                wires[value] = Wire(numbers.get(producer, BORDER) if producer else BORDER, tuple(readers), cost)
+    linear_nodes = [numbers[node] for node in plan.half if node.op_type in linear.LINEAR_OPS]
+    work = [SAVED_BYTES * sum(map(_elements, _touched(node))) for node in nodes]
+    chosen = float32_nodes(linear_nodes, [numbers[node] for node in plan.kept], work, wires.values())
+    _drop(plan, lambda node: "Casts around it would cost more than it saves" if numbers[node] in chosen else None)
+
+
+def _touched(node: ir.Node) -> list[ir.Value]:
+    return [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype == WIDE]
+
+
+def _elements(value: ir.Value) -> float:
+    """About how many; of one sample, if the batch is open."""
+    shape = ir.shape_of(value)
+    if is_constant(value):
+        return float(np.prod(ir.constant_shape(value), dtype=np.float64))
+    return float(sample_size((1, *(shape or ()))) if shape and isinstance(shape[0], int) else sample_size(shape))
