@@ -41,6 +41,9 @@ LOW_BIT = {
 HALF = {"fp16": 48, "bf16": 28}
 """What the outputs keep, in dB."""
 
+FLOATS = {"fp8"}
+"""Recipes of 8-bit floats, which ONNX Runtime has no kernels for."""
+
 
 def recipe(name: str) -> Recipe:
     """Without the gate on speed: the networks are tiny and the machine may be busy."""
@@ -77,7 +80,7 @@ def accuracy(path: Path) -> float:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) == set(builtin_recipes())
+    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) | FLOATS == set(builtin_recipes())
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -90,6 +93,15 @@ def test_half_precision(folder: Path, model: str, name: str) -> None:
     (counts,) = [entry.numbers for entry in found.passes[-1].measurements if entry.where == "all nodes"]
     assert counts["float32"] == 0 and counts["casts"] == 2 == sum(node.op_type == "Cast" for node in ir.load(out).graph)
     assert found.comparison[0].sqnr_db > HALF[name] and not found.notes
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_8_bit_floats(folder: Path, model: str) -> None:
+    found, out = converted(folder, model, "fp8", "tensorrt-rtx")
+    assert found.accuracy is not None and found.accuracy.reference - found.accuracy.result <= 0.01
+    assert 0 < found.weight_bytes_after <= 0.27 * found.weight_bytes_before
+    kinds = {str(node.inputs[0].dtype) for node in ir.load(out).graph if node.op_type == "DequantizeLinear"}  # type: ignore[union-attr]
+    assert kinds == {"FLOAT8E4M3FN"}
 
 
 @pytest.mark.parametrize(("model", "name"), LOW_BIT)

@@ -132,11 +132,58 @@ def test_four_bits_behind_a_clip_are_stored_in_eight() -> None:
     assert np.isfinite(Executor(model, deployed=True).run(feeds)[0]).all()
 
 
-@pytest.mark.parametrize("bits", [4])
-def test_a_target_without_such_activations_refuses_before_calibration(bits: int) -> None:
+def test_codes_that_a_target_does_not_store_get_a_clip_and_8_bits() -> None:
+    """TensorRT has no 4-bit integer activations, and no convolution with 4-bit weights: the values are those of 4 bits all the same."""
+    native, feeds = attention()
+    clipped, _ = attention()
+    quantized(native, feeds, "generic", activation_bits=4, weight_bits=4)
+    quantized(clipped, feeds, "tensorrt-rtx", activation_bits=4, weight_bits=4)
+    assert {storage(named(native, "to_q"), 0), storage(named(native, "to_q"), 1)} == {"int4"}
+    assert (storage(named(clipped, "to_q"), 0), storage(named(clipped, "to_q"), 1)) == ("int8", "int4")
+    np.testing.assert_allclose(next(evaluate(clipped, feeds)), next(evaluate(native, feeds)), atol=1e-5)
+
+
+def test_4_bit_weights_of_a_convolution_are_stored_in_8_for_tensorrt() -> None:
+    rng = np.random.default_rng(0)
+    model = conv_net()
+    quantized(model, {"x": rng.standard_normal((8, 3, 6, 6)).astype(np.float32)}, "tensorrt-rtx", activation_bits=4, weight_bits=4)
+    node = named(model, "conv")
+    codes = ir.constant(ir.producer(node.inputs[1]).inputs[0])  # type: ignore[union-attr]
+    assert (storage(node, 0), storage(node, 1)) == ("int8", "int8") and codes is not None and np.abs(codes).max() <= 8
+
+
+def conv_net() -> ir.Model:
+    weight = ", ".join(f"{value:.3f}" for value in np.random.default_rng(1).standard_normal(108))
+    return ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[n, 3, 6, 6] x) => (float[n, 4, 4, 4] y) <float[4, 3, 3, 3] w = {{{weight}}}> {{ [conv] y = Conv(x, w) }}""")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime"])
+def test_a_target_without_8_bit_floats_refuses_before_calibration(target: str) -> None:
     model, _ = attention()
-    with pytest.raises(TargetError, match="does not take int"):
-        InsertQdq(activation_bits=bits).precheck(model, get_target("tensorrt-rtx"))
+    with pytest.raises(TargetError, match="does not take float8e4m3fn"):
+        InsertQdq(format="fp8").precheck(model, get_target(target))
+
+
+@pytest.mark.parametrize("wrong", [{"activation_bits": 4}, {"weight_bits": 6}, {"ranges": "mse"}, {"ranges": "entropy"}])
+def test_what_8_bit_floats_do_not_go_with(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="fp8"):
+        InsertQdq(format="fp8", **wrong)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("percentile", [99.0, 100.0])
+def test_8_bit_floats(per_channel: bool, percentile: float) -> None:
+    """Both sides of every product, attention included: five in a row here, each of which rounds to 3 bits of mantissa."""
+    model, feeds = attention()
+    before = next(evaluate(model, feeds))
+    quantized(model, feeds, "tensorrt-rtx", format="fp8", attention=True, per_channel=per_channel, ranges="percentile", percentile=percentile,
+              min_sqnr_db=0)  # fmt: skip
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert len(products) > 4 and {storage(node, side) for node in products for side in (0, 1)} == {"float8e4m3fn"}
+    after = next(evaluate(model, feeds))
+    error = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert 0 < error < 0.3
 
 
 def test_shape_changes_move_integers_on_a_target_that_can() -> None:
