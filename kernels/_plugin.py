@@ -86,13 +86,10 @@ def embed(launch: Launch, arch: int, scalars: Mapping[str, Any], programs: Any) 
     """
     import tensorrt.plugin as trtp
 
-    constant = {name for name, value in scalars.items() if value.is_constant}
-    compiled = compile_launch(launch, arch, unaligned=launch.scalars.keys() - constant)
-    passed = compiled.parameters.count("u32")
-    names = [name for name in launch.scalars if not (name.startswith("stride_") and launch.scalars[name] == 1)]
-    assert len(names) == passed, f"{compiled.name} takes {passed} scalars, not {names}"
+    dynamic = {name for name, value in scalars.items() if not value.is_constant}
+    compiled = compile_launch(launch, arch, unaligned=dynamic)
     parameters = trtp.KernelLaunchParams(grid_x=programs, block_x=compiled.threads, shared_mem=compiled.shared_bytes)
-    arguments = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(scalars[name]) for name in names))
+    arguments = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(scalars[name]) for name in compiled.scalars))
     return compiled.name, arranged(compiled, len(launch.types)), parameters, arguments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from graphq import ops_softmax
+from graphq.backends import tensorrt
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogParams, LogUniform
-from graphq.ops_softmax import BODIES, code_levels, pack_codes, softmax, softmax_params, unpack_codes
+from graphq.ops_softmax import BODIES, OPERATORS, code_levels, pack_codes, softmax, softmax_params, unpack_codes
+from graphq.targets import get_target
 
 SHAPES = [(3, 1), (2, 8), (2, 3, 5, 197), (1, 2, 4, 64)]
 TYPES = [np.float32, np.float16]
@@ -31,18 +34,22 @@ def fitted(x: np.ndarray, bits: int = 4, **options: bool) -> tuple[LogUniform, L
     return quantizer, quantizer.fit(softmax(x))
 
 
-def run(name: str, feeds: dict[str, np.ndarray], runtime: str) -> np.ndarray:
-    """One node that calls the function, in a runtime."""
+def calling(name: str, feeds: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """A model of one node that calls the function."""
     inputs = [onnx.helper.make_tensor_value_info(key, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
               for key, array in feeds.items()]  # fmt: skip
-    first, *_, last = inputs
-    result = onnx.TensorProto.INT8 if name.endswith("Codes") else (first if name == "SULQSoftmax" else last).type.tensor_type.elem_type
-    output = onnx.helper.make_tensor_value_info("out", result, [None] * len(first.type.tensor_type.shape.dim))
+    result = OPERATORS[name].reference(**feeds)
+    output = onnx.helper.make_tensor_value_info("out", onnx.helper.np_dtype_to_tensor_dtype(result.dtype), result.shape)
     graph = onnx.helper.make_graph([onnx.helper.make_node(name, list(feeds), ["out"], domain="graphq")], "g", inputs, [output])
     function = onnx.parser.parse_function(f'<domain: "graphq", opset_import: ["" : 21]>\n{BODIES[name]}')
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("graphq", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
     onnx.checker.check_model(model)
+    return model
+
+
+def run(name: str, feeds: dict[str, np.ndarray], runtime: str) -> np.ndarray:
+    model = calling(name, feeds)
     if runtime == "reference":
         return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
     ort = pytest.importorskip("onnxruntime")
@@ -95,6 +102,20 @@ def test_body_of_attention_value(columns: int, runtime: str) -> None:
     levels = rng.random(16, dtype=np.float32)
     y = run("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v}, runtime)
     np.testing.assert_allclose(y, ops_softmax.sulq_attention_value(packed, levels, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tensorrt_rtx_builds_the_bodies(name: str, dtype: Any, tmp_path: Path) -> None:
+    """It has no plugins: engines hold the body."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")
+    x, params = scores((2, 3, 7, 9), dtype), softmax_params(*fitted(scores((2, 3, 7, 9))))
+    packed = ops_softmax.sulq_softmax_codes(x, params)
+    operands = {"x": x, "params": params, "packed": packed, "levels": np.ones(16, np.float32), "v": np.zeros((2, 3, 9, 8), dtype)}
+    feeds = {key: operands[key] for key in OPERATORS[name].inputs}
+    onnx.save(calling(name, feeds), tmp_path / "m.onnx")
+    engine, _ = tensorrt.build(tmp_path / "m.onnx", {key: array.shape for key, array in feeds.items()}, get_target("tensorrt-rtx"))
+    assert memoryview(engine).nbytes > 0
 
 
 def test_softmax_is_the_textbook_one_and_zero_where_all_is_masked() -> None:
@@ -159,7 +180,7 @@ def test_refusals() -> None:
 def test_results_are_as_promised() -> None:
     x, params = scores((2, 3, 7), np.float16), softmax_params(*fitted(scores((2, 3, 7))))
     packed, levels, v = np.zeros((2, 3, 4), np.int8), np.ones(16, np.float32), np.zeros((2, 7, 6), np.float16)
-    for operator in ops_softmax.OPERATORS.values():
+    for operator in OPERATORS.values():
         operands = {"x": x, "params": params, "packed": packed, "levels": levels, "v": v}
         taken = {key: operands[key] for key in operator.inputs}
         result = operator.reference(**taken)

@@ -143,3 +143,36 @@ def test_what_does_not_fit_is_refused(run: Any, operator: str, change: dict[str,
     operands = {"x": np.zeros((2, 6), np.float32), "params": np.ones(5, np.float32), **product((), 4, 6, 8, np.float32), **change}
     with pytest.raises(UsageError, match=message):
         run(operator, {key: operands[key] for key in ops_softmax.OPERATORS[operator].inputs})
+
+
+ARCHS = (80, 86, 89, 90, 120)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("columns", [256, 16385])
+@pytest.mark.parametrize("packed", [False, True])
+def test_softmax_compiles_to_few_instructions(compiler: Any, columns: int, packed: bool, arch: int) -> None:
+    """No spills; for each element two exponentials, or one for codes, and one logarithm; wide accesses where rows are aligned."""
+    from graphq.kernels.sulq_softmax import kernel
+
+    launch = kernel.softmax_launch(64, columns, "float16", packed)
+    found = compiler.compile_launch(launch, arch)
+    assert found.spill_bytes == 0 and found.shared_bytes <= 48 * 1024 and found.threads == 32 * launch.warps
+    elements = launch.constants.get("BLOCK_ROWS", 1) * launch.constants["BLOCK_COLUMNS"] // found.threads
+    assert found.ptx.count("lg2.approx") == elements == 16
+    exponentials = found.ptx.count("ex2.approx")
+    assert exponentials == (elements if packed else 2 * elements) if columns <= kernel.ONE_BLOCK else exponentials > elements
+    if columns % 256 == 0:
+        assert "ld.global.v4.b32" in found.ptx and ("st.global.v2.b32" if packed else "st.global.v4.b32") in found.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("depth", [64, 256])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_attention_value_fits(compiler: Any, depth: int, dtype: str, arch: int) -> None:
+    """No spills and no more shared memory than any launch may have; 16-bit values go through tensor cores."""
+    from graphq.kernels.sulq_softmax import kernel
+
+    found = compiler.compile_launch(kernel.attention_launch(6, 197, 197, depth, dtype), arch)
+    assert found.spill_bytes == 0 and found.shared_bytes <= 48 * 1024
+    assert dtype == "float32" or ("wgmma.mma_async" if arch == 90 else "mma.sync") in found.ptx
