@@ -18,7 +18,7 @@ demo: .venv/.demo
 	.venv/bin/graphq convert models/digits_vit.onnx -o out/digits_vit.int8.onnx \
 		--calib out/digits_calib.npz --eval out/digits_eval.npz --report out/report
 
-test: .venv/.dev .venv/.rtx
+test: .venv/.dev .venv/.rtx .venv/.kernels
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
 check: .venv/.dev
@@ -40,4 +40,11 @@ check: .venv/.dev
 # Not every platform has TensorRT-RTX; the tests that build engines with it skip where it is absent.
 .venv/.rtx: .venv/.dev
 	$(PIP) --editable '.[tensorrt-rtx]' || echo "TensorRT-RTX cannot be installed here: going on without it"
+	@touch $@
+
+# The CPU build of torch only, which comes from PyTorch's index or a local one: PyPI's brings gigabytes of CUDA along. Kernel tests skip without.
+TORCH_CPU := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
+.venv/.kernels: .venv/.dev
+	$(PIP) --retries 1 --timeout 15  '$(TORCH_CPU)' --editable '.[kernels]' \
+		|| echo "torch for the CPU and Triton cannot be installed here: going on without them"
 	@touch $@

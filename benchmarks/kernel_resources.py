@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/kernel_resources.py [--out benchmarks/results]
 
-Registers and spills are those that ptxas assigns, read from the machine code; so are the instructions a weight, counted in the
-loop over K: what a lane of a warp executes, over the weights that it unpacks or multiplies. Results: <out>/kernels.md.
+Registers and spills are those that ptxas assigned, read from the machine code; so are the instructions a weight: those of the loop
+over K that a lane executes, over the weights that it unpacks or multiplies there. Results: <out>/kernels.md.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import triton
 
 from graphq import ops
 from graphq.kernels import CATALOG
-from graphq.kernels._compile import SHARED_LIMIT, Compiled, compile_launch
+from graphq.kernels._compile import SHARED_LIMIT, compile_launch
 from graphq.kernels._launch import ARCHS, Launch
 
 N = K = 4096
 GROUP = 128
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-COLUMNS = (
-    "arch", "rows up to", "configuration", "registers", "spilled bytes", "shared KB", "of", "instructions / weight", "PTX KB", "tensor cores",
-)  # fmt: skip
+COLUMNS = ("arch", "rows up to", "configuration", "registers", "spilled bytes", "shared KB", "limit KB", "instructions / weight", "PTX KB",
+           "tensor cores")  # fmt: skip
 
 
 def loop_length(cubin: bytes) -> int:
@@ -40,8 +38,46 @@ def loop_length(cubin: bytes) -> int:
         file.write(cubin)
         file.flush()
         listing = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
+    jumps = ((address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for address, text in code)
+    loops = [(int(found[1], 16), address) for address, found in jumps if found and int(found[1], 16) < address]
+    return max(sum(start <= address <= end for address, _ in code) for start, end in loops)
+
+
+def weights_a_lane(launch: Launch) -> float:
+    """Weights of one step of a program, over its lanes."""
+    step = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * launch.constants.get("SPLIT", 1)
+    return float(step / (launch.warps * 32))
+
+
+def instruction(ptx: str) -> str:
+    found = re.search(r"(wgmma|mma)\S*?\.(m\d+n\d+k\d+)\S*?\.(bf16|f16|s8)\b", ptx)
+    return " ".join(found.groups()) if found else "none"
+
+
+def rows(name: str) -> Iterator[tuple[object, ...]]:
+    kernel = importlib.import_module(CATALOG[name].partition(":")[0])
+    for arch in ARCHS:
+        for limit, config in kernel.TABLE[arch]:
+            sizes = ops.Sizes(int(min(limit, 4096)), K, N, K if name == "W8A8Gemm" else GROUP)
+            launch = kernel.launch(sizes, "float16", arch)
+            found = compile_launch(launch, arch)
+            share = loop_length(found.cubin) / weights_a_lane(launch)
+            yield (f"sm_{arch}", "any" if limit > 4096 else int(limit), config, found.registers, found.spill_bytes,
+                   f"{found.shared_bytes / 1024:.0f}", SHARED_LIMIT[arch] // 1024, f"{share:.2f}", f"{len(found.ptx) / 1024:.0f}",
+                   instruction(found.ptx))  # fmt: skip
+
+
+def version(tool: str) -> str:
+    return subprocess.run([TOOLS / tool, "--version"], capture_output=True, text=True, check=True).stdout.split(", V")[1].split()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    out = parser.parse_args().out
     tools = f"triton {triton.__version__}, ptxas {version('ptxas')} below sm_90, {version('ptxas-blackwell')} from there"
-    lines = [
+    text = [
         "# What the kernels take",
         "",
         f"`python benchmarks/kernel_resources.py`, {datetime.date.today()}, {platform.machine()}; {tools}.",
@@ -52,10 +88,10 @@ def loop_length(cubin: bytes) -> int:
         "up to 128 for two, more for one, where shared memory does not say less.",
     ]
     for name in CATALOG:
-        lines += ["", f"## {name}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows(name)]
+        text += ["", f"## {name}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        text += [f"| {' | '.join(map(str, row))} |" for row in rows(name)]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "kernels.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "kernels.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"wrote {out / 'kernels.md'}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 
+from graphq import ops
 from graphq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Launch:
         types: Element type of each pointer, as `float16` or `int8`.
         scalars: Values of the integers that the kernel takes.
         constants: Values of its compile-time parameters.
-        programs: How many run, in a grid of one dimension.
+        programs: How many run, in a grid of one dimension: `ceil(N / BLOCK_N) * ceil(M / BLOCK_M)`.
     """
 
     function: Any
@@ -88,18 +89,28 @@ def arch_of(tensor: torch.Tensor) -> int:
     return 90
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` `[..., M, K]` as `[M, K]`, without a copy.
+def prepare(name: str, out: torch.Tensor, **operands: torch.Tensor) -> tuple[ops.Sizes, torch.Tensor]:
+    """The sizes of a product and x as `[M, K]`, without a copy, once all tensors are known to be what the kernels of operator `name` take.
 
     Raises:
-        ValueError: the leading axes do not follow each other in memory.
+        UsageError: a tensor has a wrong shape, type or layout in memory, or lies on another device.
     """
+    sizes = ops.check(name, operands)
+    x, bias = operands["x"], operands["bias"]
+    if (out.shape, out.dtype) != ((*x.shape[:-1], sizes.n), bias.dtype):
+        raise UsageError(f"{name} cannot write to {out.dtype} {list(out.shape)}.", expected=f"{bias.dtype} {[*x.shape[:-1], sizes.n]}")
+    for key, tensor in {**operands, "out": out}.items():
+        if tensor.device != x.device:
+            raise UsageError(f"{name} has x on {x.device} and {key} on {tensor.device}.", expected="all on one device")
+        if key != "x" and not tensor.is_contiguous():
+            raise UsageError(f"{name} takes no {key} of strides {list(tensor.stride())}.", hint="call .contiguous() first")
     try:
-        return x.view(-1, x.shape[-1])
+        return sizes, x.view(-1, sizes.k)
     except RuntimeError as error:
-        raise ValueError(
-            f"x of shape {list(x.shape)} and strides {list(x.stride())} has no rows of one stride; call .contiguous() first"
-        ) from error
+        raise UsageError(
+            f"{name} takes no x of shape {list(x.shape)} and strides {list(x.stride())}.", expected="rows that are one stride apart",
+            hint="call .contiguous() first",
+        ) from error  # fmt: skip
 
 
 def require_rows(config: Config, m: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "ray", "onnx_ir", "onnxscript", "scipy")
+HEAVY = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx", "ray", "onnx_ir", "onnxscript", "scipy")
 
 
 def loaded_after(code: str) -> set[str]:
@@ -27,9 +27,10 @@ def loaded_after(code: str) -> set[str]:
     [
         "import graphq",
         "import graphq.recipe; graphq.recipe.builtin_recipes(), graphq.recipe.catalog()",
+        "import graphq.kernels, graphq.ops",
         "import runpy; sys.argv = ['graphq', '--help']; runpy.run_module('graphq', run_name='__main__')",
     ],
-    ids=["import", "list recipes and passes", "help"],
+    ids=["import", "list recipes and passes", "kernels and their contract", "help"],
 )
 def test_nothing_heavy_is_loaded(code: str) -> None:
     loaded = loaded_after(code)

@@ -1,6 +1,6 @@
 """W4A8Gemm: `x_scale * sum over groups of (x @ codes) * w_scale + bias`, int8 by int4 into an int32 of each group, floats beyond.
 
-Two kernels: up to 16 rows of x the weight's bytes are what costs, and `_skinny` reads each once, with many in flight; beyond, tensor
+Two kernels: for few rows of x the weight's bytes are what costs, and `_skinny` reads each once, with many in flight; beyond, tensor
 cores are, and `_wide` turns bytes into their operands in registers. Both hold the weight as the left operand, which may come from there.
 
 README.md says why each trick is there. Layout, shapes, reference: `graphq.ops`.
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from graphq import ops
 
-from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, require_rows, rows
+from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, prepare, require_rows
 
 if TYPE_CHECKING:
     import torch
@@ -162,22 +162,27 @@ def _wide(  # type: ignore[no-untyped-def]
 
 
 _SKINNY = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
-_SKINNY_DEEP = ((8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 4, split=True)))
 TABLE: Table = {
-    80: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4))),
+    80: (
+        (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)),
+        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4)),
+    ),
     86: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
     89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
-    90: (*_SKINNY_DEEP, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4))),
+    90: (
+        (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 4, split=True)),
+        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4)),
+    ),
     120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
-}
+}  # fmt: skip
 """README.md has the reasoning."""
 
 
 def configs(m: int) -> Iterator[Config]:
     """Configurations worth timing for M rows; not each fits into each GPU."""
-    if m <= 16:
-        for n, k, warps, stages in product((16, 32), (64, 128), (4, 8), (2, 3, 4)):
-            yield Config(8 if m <= 8 else 16, n, k, warps, stages, split=True)
+    if m <= 32:
+        for n, k, warps, stages in product((16, 32, 64), (64, 128), (4, 8), (2, 3, 4)):
+            yield Config(max(8, triton.next_power_of_2(m)), n, k, warps, stages, split=True)
     for rows_, n, k, warps, stages in product((32, 64, 128, 256), (64, 128), (64, 128), (4, 8), (3, 4)):
         if 16 <= rows_ * n // (warps * 32) <= 128 and rows_ <= max(64, m):
             yield Config(rows_, n, k, warps, stages)
@@ -219,7 +224,6 @@ def w4a8_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_sc
     Raises:
         UsageError: an operand has a wrong shape, type or layout.
     """
-    sizes = ops.check("W4A8Gemm", {"x": x, "weight": weight, "x_scale": x_scale, "w_scale": w_scale, "bias": bias})
-    view = rows(x)
+    sizes, view = prepare("W4A8Gemm", out, x=x, weight=weight, x_scale=x_scale, w_scale=w_scale, bias=bias)
     run = launch(sizes, str(bias.dtype).rpartition(".")[2], arch_of(x), config, view.stride(), x_scale.numel() > 1)
     run(view, weight, x_scale, w_scale, bias, out)

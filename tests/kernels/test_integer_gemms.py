@@ -104,5 +104,5 @@ def test_what_does_not_fit_is_refused(run: Any, name: str) -> None:
         run(name, operands(name, (2,), 64, 8) | {"x": np.zeros((2, 64), np.float32)})
     with pytest.raises(UsageError, match="takes at most 16 rows, not 20"):
         run(name, operands(name, (20,), 64, 8), **SMALL, split=True)
-    with pytest.raises(ValueError, match=r"call \.contiguous\(\) first"):
+    with pytest.raises(UsageError, match=r"call \.contiguous\(\) first"):
         run(name, operands(name, (2, 3), 64, 8), "columns")

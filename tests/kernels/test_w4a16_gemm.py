@@ -43,6 +43,7 @@ SHAPES = [  # leading axes of x, K, N, groups, configuration
     pytest.param((1,), 50, 7, 1, {}, id="K not a multiple of anything"),
     pytest.param((1,), 1, 1, 1, {}, id="one by one"),
     pytest.param((1, 1, 1), 64, 8, 1, {}, id="batches of one"),
+    pytest.param((20,), 1120, 40, 35, {}, id="twenty rows"),
     pytest.param((17,), 128, 33, 1, SMALL, id="wide, one scale a channel, tails of M and N"),
     pytest.param((20,), 160, 40, 5, SMALL, id="wide, groups of 32, tail of K"),
     pytest.param((40,), 256, 72, 2, {**SMALL, "k": 128}, id="wide, groups of 128, steps of 128"),
@@ -78,7 +79,7 @@ def test_every_code_of_every_position(run: Any) -> None:
 
 
 def test_rows_that_cannot_be_seen_as_a_matrix_are_refused(run: Any) -> None:
-    with pytest.raises(ValueError, match=r"call \.contiguous\(\) first"):
+    with pytest.raises(UsageError, match=r"call \.contiguous\(\) first"):
         run("W4A16Gemm", operands((2, 3), 64, 8), "columns")
 
 
