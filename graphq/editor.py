@@ -7,7 +7,7 @@ current model are lined up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,12 @@ class Editor:
         self.model.functions[function.identifier()] = function
         self.model.opset_imports.setdefault(function.domain, 1)
         self.edits["function"] += 1
+
+    def remove_functions(self, domain: str, names: Collection[str]) -> None:
+        """Take model-local functions out of the model; calls of them are nodes of unknown operators from then on."""
+        for key in [key for key, function in self.model.functions.items() if function.domain == domain and function.name in names]:
+            del self.model.functions[key]
+            self.edits["function"] += 1
 
     def rewire(self, node: Node, index: int, value: Value | None) -> None:
         """Let `node` read `value` as input `index`."""

@@ -30,6 +30,7 @@ class EngineOptions:
         weight_streaming: Let the engine run with part of its weights in the memory of the host.
         level: How long the builder searches, 0 to 5; its own default if None.
         compute_capability: GPUs to build for, such as `8.9`; the package's own default if empty.
+        plugins: Compute the operators of the domain `graphq` by graphq's kernels, which the engine then holds.
         timing_cache: File of measured kernels, read if it is there and written afterwards.
     """
 
@@ -39,6 +40,7 @@ class EngineOptions:
     weight_streaming: bool = False
     level: Annotated[int, Field(ge=0, le=5)] | None = None
     compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    plugins: bool = False
     timing_cache: Path | None = None
 
 

@@ -51,6 +51,7 @@ class Target:
         measures_speed: Whether ONNX Runtime is what runs it, so that speed can be measured here.
         halves: Half-precision types whose operators it has, by the names that recipes use.
         integer_lookup: Whether a Gather may read a constant table of integers that are dequantized after it.
+        takes_plugins: Whether operators of the domain `graphq` can be bound to kernels of graphq there.
         builds_engines: Whether results can be compiled to an engine file.
         engine_lacks: Names of the `EngineOptions` that its builder does not have, with the reason.
     """
@@ -71,6 +72,7 @@ class Target:
     activation_storage: frozenset[str] = frozenset({"int8", "uint8", "int4", "uint4"})
     narrow_weights: frozenset[str] = frozenset(linear.LINEAR_OPS)
     measures_speed: bool = False
+    takes_plugins: bool = False
     builds_engines: bool = False
     engine_lacks: Mapping[str, str] = field(default_factory=dict)
     halves: frozenset[str] = frozenset({"fp16", "bf16"})
@@ -106,8 +108,8 @@ _TENSORRT = Target(
     activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=True, opset=24, ir_version=11,
     ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"}),
     activation_storage=frozenset({"int8", "float8e4m3fn"}),
-    narrow_weights=frozenset({"Gemm", "MatMul"}), builds_engines=True, integer_lookup=False, forms=frozenset({"split-projection"}),
-    engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
+    narrow_weights=frozenset({"Gemm", "MatMul"}), forms=frozenset({"split-projection"}), integer_lookup=False,
+    takes_plugins=True, builds_engines=True, engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
 )  # fmt: skip
 
 TARGETS: Mapping[str, Target] = MappingProxyType({
@@ -124,11 +126,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": replace(
         _TENSORRT, name="tensorrt-rtx", about="NVIDIA TensorRT-RTX: as tensorrt, no plugins",
-        engine_lacks=MappingProxyType({"timing_cache": "it measures nothing while it builds"}),
+        takes_plugins=False,
+        engine_lacks=MappingProxyType({"timing_cache": "it measures nothing while it builds", "plugins": "it has none"}),
     ),
     "generic": Target(
         name="generic", about="any runtime with QuantizeLinear and DequantizeLinear: symmetric INT8, float bias",
-        activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13,
+        activation=_INT8, weight=_INT8_WEIGHT, bias_int32=False, symmetric_only=False, opset=26, ir_version=13, takes_plugins=True,
         ops=MappingProxyType(_ANCHORS),
         storage=frozenset({
             "int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32", "float8e4m3fn", "float4e2m1",

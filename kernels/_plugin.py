@@ -4,7 +4,7 @@ TensorRT keeps the PTX in the engine and launches it itself, so an engine needs 
 `tensorrt.plugin` when they register. Its annotations are read at run time: those modules must not postpone them (no `from __future__`).
 
 Plugins take float32, float16, bfloat16 and int8 tensors, not uint8 (`nvinfer1::PluginTensorDesc::type`), and scalars of 32 bits.
-A node that is to be a plugin has the attributes `NODE_ATTRIBUTES` and no function of its name in the model, which would be inlined.
+How a node of a model becomes one: `graphq.kernels.bind`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from graphq.errors import UsageError
 
 from ._compile import Compiled, compile_launch
 from ._launch import Launch
-
-NODE_ATTRIBUTES: Mapping[str, Any] = {"plugin_namespace": "graphq", "plugin_version": "1", "aot": 1}
-"""By which TensorRT's ONNX parser finds a plugin and takes its ahead-of-time implementation."""
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
 

@@ -61,7 +61,7 @@ def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet
         UsageError: a range does not fit the model's inputs.
     """
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
-    with _saved(model) as file:
+    with _saved(_with_plugins(model, target) if options.plugins else model) as file:
         engine, plan = build(file, shapes, target, options, progress, model)
     with files.pending(out) as part:
         _write(part, engine)
@@ -223,6 +223,21 @@ class Network:
         """Whether an axis is the first, or has the symbol of an input's open first axis."""
         firsts = {entry.get_dimension_name(0) for entry in self.inputs if tuple(entry.shape)[:1] == (-1,)} - {None, ""}
         return axis == 0 or tensor.get_dimension_name(axis) in firsts
+
+
+def _with_plugins(model: ir.Model, target: Target) -> ir.Model:
+    """A copy of `model` whose operators of the domain `graphq` are computed by the kernels of graphq, registered in this process."""
+    _load(target)
+    bound = ir.clone(model)
+    try:
+        importlib.import_module("graphq.kernels").register_plugins()
+        importlib.import_module("graphq.kernels.bind").bind_plugins(bound)
+    except ImportError as error:
+        raise TargetError(
+            "The kernels of graphq cannot be compiled.", where=str(error), expected="torch and triton",
+            hint="pip install 'graphq[kernels]', or leave out --engine plugins",
+        ) from error  # fmt: skip
+    return bound
 
 
 def _check_range(name: str, axes: tuple[AxisRange, ...], inputs: Mapping[str, Shape]) -> None:

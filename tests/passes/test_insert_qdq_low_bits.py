@@ -177,8 +177,8 @@ def test_8_bit_floats(per_channel: bool, percentile: float) -> None:
     """Both sides of every product, attention included: five in a row here, each of which rounds to 3 bits of mantissa."""
     model, feeds = attention()
     before = next(evaluate(model, feeds))
-    quantized(model, feeds, "tensorrt-rtx", format="fp8", attention=True, per_channel=per_channel, ranges="percentile", percentile=percentile,
-              min_sqnr_db=0)  # fmt: skip
+    options = {"format": "fp8", "attention": True, "per_channel": per_channel, "ranges": "percentile", "percentile": percentile}
+    quantized(model, feeds, "tensorrt-rtx", **options)
     products = [node for node in model.graph if node.op_type == "MatMul"]
     assert len(products) > 4 and {storage(node, side) for node in products for side in (0, 1)} == {"float8e4m3fn"}
     after = next(evaluate(model, feeds))
