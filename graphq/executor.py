@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from graphq import half, ir
+from graphq import block_floats, half, ir
 from graphq.errors import ModelError
 from graphq.observers import View
 
@@ -76,7 +76,7 @@ class Executor:
                  prepack: bool = True, optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
-            model = model if deployed else half.emulated(model)
+            model = model if deployed else half.emulated(block_floats.emulated(model))
             proto, weights = ir.light_proto(model)
         else:
             proto, weights = ir.segment_proto(model, nodes, feeds or {})

@@ -16,6 +16,7 @@ CATALOG = {
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",
     "cross-scale": "graphq.passes.cross_scale:CrossScale",
     "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
+    "block-float": "graphq.passes.block_float:BlockFloat",
     "lower": "graphq.passes.lower:Lower",
     "prune": "graphq.passes.prune:Prune",
     "cast-float": "graphq.passes.cast_float:CastFloat",

@@ -41,8 +41,11 @@ LOW_BIT = {
 HALF = {"fp16": 48, "bf16": 28}
 """What the outputs keep, in dB."""
 
-FLOATS = {"fp8"}
-"""Recipes of 8-bit floats, which ONNX Runtime has no kernels for."""
+FLOATS = {"fp8": ("FLOAT8E4M3FN", 0.01, 0.27), "nvfp4": ("FLOAT4E2M1", 0.08, 0.16)}
+"""Recipes of small floats, which ONNX Runtime has no kernels for: type of the weights, accuracy that may be lost, share of their bytes."""
+
+PLUGIN = {"w4a16-plugin"}
+"""Tested in tests/passes/test_lower.py and below."""
 
 
 def recipe(name: str) -> Recipe:
@@ -80,7 +83,7 @@ def accuracy(path: Path) -> float:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) | FLOATS == set(builtin_recipes())
+    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) | set(FLOATS) | PLUGIN == set(builtin_recipes())
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -95,13 +98,23 @@ def test_half_precision(folder: Path, model: str, name: str) -> None:
     assert found.comparison[0].sqnr_db > HALF[name] and not found.notes
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_8_bit_floats(folder: Path, model: str) -> None:
-    found, out = converted(folder, model, "fp8", "tensorrt-rtx")
-    assert found.accuracy is not None and found.accuracy.reference - found.accuracy.result <= 0.01
-    assert 0 < found.weight_bytes_after <= 0.27 * found.weight_bytes_before
-    kinds = {str(node.inputs[0].dtype) for node in ir.load(out).graph if node.op_type == "DequantizeLinear"}  # type: ignore[union-attr]
-    assert kinds == {"FLOAT8E4M3FN"}
+@pytest.mark.parametrize(("model", "name"), [("digits_cnn", "fp8"), ("digits_vit", "fp8"), ("digits_vit", "nvfp4")])
+def test_small_floats(folder: Path, model: str, name: str) -> None:
+    found, out = converted(folder, model, name, "tensorrt-rtx")
+    kind, lost, share = FLOATS[name]
+    assert found.accuracy is not None and found.accuracy.reference - found.accuracy.result <= lost
+    assert 0 < found.weight_bytes_after <= share * found.weight_bytes_before
+    made = [node.inputs[0] for node in ir.load(out).graph if node.op_type == "DequantizeLinear"]
+    assert kind in {str(value.dtype) for value in made if value is not None and value.is_initializer()}
+
+
+def test_4_bit_weights_for_plugins(folder: Path) -> None:
+    """Each product is one operator, in half precision; the bodies make the file run anywhere."""
+    found, out = converted(folder, "digits_vit", "w4a16-plugin", "tensorrt")
+    assert found.accuracy is not None and found.accuracy.reference - found.accuracy.result <= 0.03
+    model = ir.load(out)
+    assert sum(node.op_type == "W4A16Gemm" for node in model.graph) >= 16 and len(model.functions) == 1
+    assert found.output.bytes < 0.2 * found.model.bytes
 
 
 @pytest.mark.parametrize(("model", "name"), LOW_BIT)
