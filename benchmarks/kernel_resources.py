@@ -1,4 +1,4 @@
-"""Compile every configuration of every matrix kernel for every architecture, and write down what it takes. Needs no GPU.
+"""Compile every configuration of every kernel for every architecture, and write down what it takes. Needs no GPU.
 
     .venv/bin/python benchmarks/kernel_resources.py [--out benchmarks/results]
 
@@ -15,21 +15,27 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import triton
 
 from graphq import ops
 from graphq.kernels import CATALOG
-from graphq.kernels._compile import SHARED_LIMIT, compile_launch
+from graphq.kernels._compile import SHARED_LIMIT, Compiled, compile_launch
 from graphq.kernels._launch import ARCHS, Launch
+from graphq.kernels.sulq_softmax.kernel import attention_launch, softmax_launch
 
 N = K = 4096
 GROUP = 128
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-COLUMNS = ("arch", "rows up to", "configuration", "registers", "spilled bytes", "shared KB", "limit KB", "instructions / weight", "PTX KB",
-           "tensor cores")  # fmt: skip
+COLUMNS = ("arch", "rows up to", "configuration", "registers", "spilled bytes", "shared KB", "limit KB", "PTX KB", "tensor cores",
+           "instructions / weight")  # fmt: skip
+SOFTMAX: Mapping[str, Launch] = {
+    **{f"softmax, rows of {n}": softmax_launch(12 * n, n, "float16", packed=False) for n in (197, 1024, 32768)},
+    **{f"codes, rows of {n}": softmax_launch(12 * n, n, "float16", packed=True) for n in (197, 1024, 32768)},
+    **{f"times values, {n} x {n} by {d}": attention_launch(12, n, n, d, "float16") for n, d in ((197, 64), (1024, 128))},
+}
 
 
 def loop_length(cubin: bytes) -> int:
@@ -55,7 +61,12 @@ def instruction(ptx: str) -> str:
     return " ".join(found.groups()) if found else "none"
 
 
-def rows(name: str) -> Iterator[tuple[object, ...]]:
+def taken(found: Compiled, arch: int) -> tuple[object, ...]:
+    shared = f"{found.shared_bytes / 1024:.0f}", SHARED_LIMIT[arch] // 1024
+    return found.registers, found.spill_bytes, *shared, f"{len(found.ptx) / 1024:.0f}", instruction(found.ptx)
+
+
+def product_rows(name: str) -> Iterator[tuple[object, ...]]:
     kernel = importlib.import_module(CATALOG[name].partition(":")[0])
     for arch in ARCHS:
         for limit, config in kernel.TABLE[arch]:
@@ -63,13 +74,23 @@ def rows(name: str) -> Iterator[tuple[object, ...]]:
             launch = kernel.launch(sizes, "float16", arch)
             found = compile_launch(launch, arch)
             share = loop_length(found.cubin) / weights_a_lane(launch)
-            yield (f"sm_{arch}", "any" if limit > 4096 else int(limit), config, found.registers, found.spill_bytes,
-                   f"{found.shared_bytes / 1024:.0f}", SHARED_LIMIT[arch] // 1024, f"{share:.2f}", f"{len(found.ptx) / 1024:.0f}",
-                   instruction(found.ptx))  # fmt: skip
+            yield f"sm_{arch}", "any" if limit > 4096 else int(limit), config, *taken(found, arch), f"{share:.2f}"
+
+
+def softmax_rows() -> Iterator[tuple[object, ...]]:
+    for arch in ARCHS:
+        for what, launch in SOFTMAX.items():
+            yield f"sm_{arch}", what, f"w{launch.warps} s{launch.stages}", *taken(compile_launch(launch, arch), arch)
 
 
 def version(tool: str) -> str:
     return subprocess.run([TOOLS / tool, "--version"], capture_output=True, text=True, check=True).stdout.split(", V")[1].split()[0]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def main() -> None:
@@ -87,9 +108,9 @@ def main() -> None:
         f"K = N = {K}, groups of {GROUP}, float16. With 8 warps, up to 80 registers leave room for three programs a multiprocessor,",
         "up to 128 for two, more for one, where shared memory does not say less.",
     ]
-    for name in CATALOG:
-        text += ["", f"## {name}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        text += [f"| {' | '.join(map(str, row))} |" for row in rows(name)]
+    for name in ops.OPERATORS:
+        text += ["", f"## {name}", "", *table(COLUMNS, product_rows(name))]
+    text += ["", "## sulq_softmax", "", *table(("arch", "launch", *COLUMNS[2:-1]), softmax_rows())]
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"wrote {out / 'kernels.md'}")

@@ -63,6 +63,12 @@ def _codes(packed, dtype: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
+def _scale_of(row, channel, w_scale_ptr, K, N, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of `channel` for the groups of `row`, two tensors that broadcast; 0 beyond the last row."""
+    return tl.load(w_scale_ptr + row // G * N + channel, mask=channel * 0 + row < K, other=0.0)
+
+
+@triton.jit
 def _skinny(  # type: ignore[no-untyped-def]
     # pointers: x [M, K], weight uint8 [N, 32 * ceil(K / 64)], w_scale [K / G, N], bias [N], out [M, N]
     x_ptr, weight_ptr, w_scale_ptr, bias_ptr, out_ptr,
@@ -87,8 +93,17 @@ def _skinny(  # type: ignore[no-untyped-def]
     weight_ptrs = weight_ptr + channel.to(tl.int64)[None, :, None] * width + byte[:, None, :]
     x_ptrs = x_ptr + m[None, None, :] * stride_xm + row[:, :, None] * stride_xk
     acc = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    first = part[:, None] * BLOCK_K  # row of each warp
+    if G > 0:  # scales are too narrow for asynchronous copies, and are loaded a step ahead instead
+        scale = _scale_of(first, channel[None, :], w_scale_ptr, K, N, G)
+        if G % 64 != 0:
+            scale_high = _scale_of(first + 32, channel[None, :], w_scale_ptr, K, N, G)
     for start in tl.range(0, tl.cdiv(K, SPLIT * BLOCK_K), num_stages=STAGES):
-        first = (start * SPLIT + part) * BLOCK_K  # row of each warp
+        first += SPLIT * BLOCK_K
+        if G > 0:
+            next_scale = _scale_of(first, channel[None, :], w_scale_ptr, K, N, G)
+            if G % 64 != 0:
+                next_scale_high = _scale_of(first + 32, channel[None, :], w_scale_ptr, K, N, G)
         if EVEN_K:
             packed = tl.load(weight_ptrs)
             x_low = tl.load(x_ptrs, mask=(m < M)[None, None, :], other=0.0)
@@ -103,13 +118,12 @@ def _skinny(  # type: ignore[no-untyped-def]
         if G == 0:
             acc = tl.dot(high, x_high.to(OPERAND), tl.dot(low, x_low.to(OPERAND), acc))
         elif G % 64 == 0:
-            scale = tl.load(w_scale_ptr + (first // G)[:, None] * N + channel[None, :], mask=(first < K)[:, None], other=0.0)
             acc += tl.dot(high, x_high.to(OPERAND), tl.dot(low, x_low.to(OPERAND))) * scale.to(tl.float32)[:, :, None]
+            scale = next_scale
         else:
-            scale = tl.load(w_scale_ptr + (first // G)[:, None] * N + channel[None, :], mask=(first < K)[:, None], other=0.0)
             acc += tl.dot(low, x_low.to(OPERAND)) * scale.to(tl.float32)[:, :, None]
-            scale = tl.load(w_scale_ptr + ((first + 32) // G)[:, None] * N + channel[None, :], mask=(first + 32 < K)[:, None], other=0.0)
-            acc += tl.dot(high, x_high.to(OPERAND)) * scale.to(tl.float32)[:, :, None]
+            acc += tl.dot(high, x_high.to(OPERAND)) * scale_high.to(tl.float32)[:, :, None]
+            scale, scale_high = next_scale, next_scale_high
         weight_ptrs += SPLIT * HALF
         x_ptrs += SPLIT * BLOCK_K * stride_xk
     y = tl.sum(acc, axis=0)  # over warps, in a fixed order
@@ -183,7 +197,7 @@ TABLE: Table = {
     89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
     90: (
         (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)), (32, Config(32, 32, 64, 8, 3, split=True)),
-        (64, Config(64, 64, 128, 4, 4)), (512, Config(128, 128, 64, 8, 4)), (inf, Config(256, 128, 64, 8, 4)),
+        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4)),
     ),
     120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
 }  # fmt: skip

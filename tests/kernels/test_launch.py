@@ -13,13 +13,12 @@ from graphq.errors import UsageError
 from graphq.kernels import CATALOG
 
 ROOT = Path(__file__).parents[2]
-ALL = pytest.mark.parametrize("operator", sorted(CATALOG))
 
 
-@ALL
+@pytest.mark.parametrize("operator", sorted(ops.OPERATORS))
 def test_a_kernel_is_a_folder_with_its_reasons(operator: str) -> None:
     module, _, function = CATALOG[operator].partition(":")
-    assert operator in ops.OPERATORS and module == f"graphq.kernels.{function}.kernel"
+    assert module == f"graphq.kernels.{function}.kernel"
     text = (ROOT / "kernels" / function / "README.md").read_text(encoding="utf-8")
     assert operator in text and ops.OPERATORS[operator].layout in text
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
