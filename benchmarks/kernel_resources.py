@@ -87,7 +87,7 @@ def main() -> None:
         f"K = N = {K}, groups of {GROUP}, float16. With 8 warps, up to 80 registers leave room for three programs a multiprocessor,",
         "up to 128 for two, more for one, where shared memory does not say less.",
     ]
-    for name in CATALOG:
+    for name in ops.OPERATORS:
         text += ["", f"## {name}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         text += [f"| {' | '.join(map(str, row))} |" for row in rows(name)]
     out.mkdir(parents=True, exist_ok=True)
