@@ -97,13 +97,7 @@ def prepare(name: str, out: torch.Tensor, **operands: torch.Tensor) -> tuple[ops
     """
     sizes = ops.check(name, operands)
     x, bias = operands["x"], operands["bias"]
-    if (out.shape, out.dtype) != ((*x.shape[:-1], sizes.n), bias.dtype):
-        raise UsageError(f"{name} cannot write to {out.dtype} {list(out.shape)}.", expected=f"{bias.dtype} {[*x.shape[:-1], sizes.n]}")
-    for key, tensor in {**operands, "out": out}.items():
-        if tensor.device != x.device:
-            raise UsageError(f"{name} has x on {x.device} and {key} on {tensor.device}.", expected="all on one device")
-        if key != "x" and not tensor.is_contiguous():
-            raise UsageError(f"{name} takes no {key} of strides {list(tensor.stride())}.", hint="call .contiguous() first")
+    require_memory(name, out, (*x.shape[:-1], sizes.n), str(bias.dtype), operands, strided="x")
     try:
         return sizes, x.view(-1, sizes.k)
     except RuntimeError as error:
@@ -111,6 +105,19 @@ def prepare(name: str, out: torch.Tensor, **operands: torch.Tensor) -> tuple[ops
             f"{name} takes no x of shape {list(x.shape)} and strides {list(x.stride())}.", expected="rows that are one stride apart",
             hint="call .contiguous() first",
         ) from error  # fmt: skip
+
+
+def require_memory(name: str, out: torch.Tensor, shape: tuple[int, ...], dtype: str, operands: Mapping[str, torch.Tensor],
+                   strided: str = "") -> None:  # fmt: skip
+    """Raise UsageError unless `out` has that shape and type, and all tensors but `strided` are contiguous and on one device."""
+    if (tuple(out.shape), str(out.dtype)) != (shape, dtype):
+        raise UsageError(f"{name} cannot write to {out.dtype} {list(out.shape)}.", expected=f"{dtype} {list(shape)}")
+    first, *_ = operands
+    for key, tensor in {**operands, "out": out}.items():
+        if tensor.device != operands[first].device:
+            raise UsageError(f"{name} has {first} on {operands[first].device} and {key} on {tensor.device}.", expected="all on one device")
+        if key != strided and not tensor.is_contiguous():
+            raise UsageError(f"{name} takes no {key} of strides {list(tensor.stride())}.", hint="call .contiguous() first")
 
 
 def require_rows(config: Config, m: int) -> None:

@@ -1,10 +1,16 @@
 """What the TensorRT plugins of all kernels share: from a launch to what an ahead-of-time implementation returns.
 
 TensorRT keeps the PTX in the engine and launches it itself, so an engine needs neither Python nor graphq. Modules called `plugin` import
-`tensorrt.plugin` when they register. Its annotations are read at run time: those modules must not postpone them (no `from __future__`).
+`tensorrt.plugin` when they register. It reads annotations at run time: those modules must not postpone them (no `from __future__`).
 
-Plugins take float32, float16, bfloat16 and int8 tensors, not uint8 (`nvinfer1::PluginTensorDesc::type`), and scalars of 32 bits.
-How a node of a model becomes one: `graphq.kernels.bind`.
+What holds for such plugins:
+
+- They take float32, float16, bfloat16 and int8 tensors, but no uint8 (`nvinfer1::PluginTensorDesc::type`) and no 4-bit ones.
+- Scalars are 32-bit integers. Attributes would be compiled in; operators of graphq have none.
+- A node is a plugin by the attributes that `graphq.kernels.bind` gives it. That a function of its name in the model does not come first was not tried: leave it out.
+- An engine holds one kernel for all shapes of its profile, that of the largest, and for the one architecture it was compiled for.
+- Kernels above 48 KiB of shared memory need TensorRT to raise the function's limit: NVIDIA does not say that it does, and it was not tried.
+- TensorRT 11.1 and 11.2 are reported to leak a copy of the code with each change of shape (github.com/NVIDIA/TensorRT/issues/4849).
 """
 
 from __future__ import annotations

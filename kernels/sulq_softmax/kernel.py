@@ -15,7 +15,7 @@ from triton.language.extra import libdevice
 from graphq.errors import UsageError
 from graphq.ops_softmax import check, dtype_name
 
-from .._launch import INTERPRETED, Launch
+from .._launch import INTERPRETED, Launch, require_memory
 
 if TYPE_CHECKING:
     import torch
@@ -168,47 +168,41 @@ def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str
 
 
 def sulq_softmax(x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
-    """Write what `SULQSoftmax` computes into `out`, contiguous, like x; x is copied if it is not contiguous.
+    """Write what `SULQSoftmax` computes into `out`; all contiguous. Allocates nothing.
 
     Raises:
-        UsageError: an operand has a wrong shape or type.
+        UsageError: an operand has a wrong shape, type or layout.
     """
     _softmax("SULQSoftmax", x, params, out)
 
 
 def sulq_softmax_codes(x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
-    """Write what `SULQSoftmaxCodes` computes into `out`, contiguous, [.., ceil(N / 2)] int8; x is copied if it is not contiguous.
+    """Write what `SULQSoftmaxCodes` computes into `out`, int8 [.., ceil(N / 2)]; all contiguous. Allocates nothing.
 
     Raises:
-        UsageError: an operand has a wrong shape or type.
+        UsageError: an operand has a wrong shape, type or layout.
     """
     _softmax("SULQSoftmaxCodes", x, params, out)
 
 
-def _softmax(operator: str, x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
-    shape, dtype = check(operator, {"x": x, "params": params})
-    _require_out(out, shape, dtype)
-    rows = x.numel() // x.shape[-1]
-    if rows:
-        launch = softmax_launch(rows, x.shape[-1], dtype_name(x), packed=operator == "SULQSoftmaxCodes")
-        launch(x.contiguous(), params.contiguous(), out)
+def _softmax(name: str, x: torch.Tensor, params: torch.Tensor, out: torch.Tensor) -> None:
+    operands = {"x": x, "params": params}
+    shape, dtype = check(name, operands)
+    require_memory(name, out, shape, f"torch.{dtype}", operands)
+    if out.numel():
+        columns = x.shape[-1]
+        softmax_launch(x.numel() // columns, columns, dtype_name(x), packed=name == "SULQSoftmaxCodes")(x, params, out)
 
 
 def sulq_attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-    """Write what `SULQAttentionValue` computes into `out`, contiguous, [.., M, D] like v; other operands are copied if they are not.
+    """Write what `SULQAttentionValue` computes into `out`, [.., M, D] like v; all contiguous, D at most 256. Allocates nothing.
 
     Raises:
-        UsageError: an operand has a wrong shape or type, or values are wider than 256.
+        UsageError: an operand has a wrong shape, type or layout.
     """
-    shape, dtype = check("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v})
-    _require_out(out, shape, dtype)
+    operands = {"packed": packed, "levels": levels, "v": v}
+    shape, dtype = check("SULQAttentionValue", operands)
+    require_memory("SULQAttentionValue", out, shape, f"torch.{dtype}", operands)
     launch = attention_launch(math.prod(shape[:-2]), shape[-2], v.shape[-2], shape[-1], dtype)
     if out.numel():
-        launch(packed.contiguous(), levels.contiguous(), v.contiguous(), out)
-
-
-def _require_out(out: torch.Tensor, shape: tuple[int, ...], dtype: str) -> None:
-    if (tuple(out.shape), dtype_name(out)) != (shape, dtype) or not out.is_contiguous():
-        raise UsageError(
-            f"out of type {dtype_name(out)} and shape {list(out.shape)} does not fit.", expected=f"contiguous {dtype} {list(shape)}"
-        )
+        launch(packed, levels, v, out)

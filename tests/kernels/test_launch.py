@@ -8,21 +8,23 @@ from typing import Any
 
 import pytest
 
-from graphq import ops
+from graphq import ops, ops_softmax
 from graphq.errors import UsageError
 from graphq.kernels import CATALOG
 
 ROOT = Path(__file__).parents[2]
+ALL = pytest.mark.parametrize("operator", sorted(CATALOG))
 
 
-@pytest.mark.parametrize("operator", sorted(ops.OPERATORS))
+@ALL
 def test_a_kernel_is_a_folder_with_its_reasons(operator: str) -> None:
     module, _, function = CATALOG[operator].partition(":")
-    assert module == f"graphq.kernels.{function}.kernel"
-    text = (ROOT / "kernels" / function / "README.md").read_text(encoding="utf-8")
-    assert operator in text and ops.OPERATORS[operator].layout in text
+    folder, known = module.split(".")[2], {**ops.OPERATORS, **ops_softmax.OPERATORS}
+    assert module == f"graphq.kernels.{folder}.kernel" and operator.lower() == function.replace("_", "")
+    text = (ROOT / "kernels" / folder / "README.md").read_text(encoding="utf-8")
+    assert operator in text and known[operator].layout in text
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    assert "README.md" in setup["package-data"][f"graphq.kernels.{function}"]
+    assert "README.md" in setup["package-data"][f"graphq.kernels.{folder}"]
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_every_operator_is_a_plugin_with_its_inputs(trt: Any) -> None:
     assert all(not plugin.input_attrs and plugin.aot_impl_func and not plugin.impl_func for plugin in plugins.values())
 
 
+def test_without_a_gpu_the_architecture_must_be_named(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"arch=90 is 9\.0"):
+        kernels.register_plugins()
+
+
 def test_only_declarations_of_the_ptx_change(trt: Any) -> None:
     from graphq.kernels import _compile, _plugin
     from graphq.kernels.sulq_softmax.kernel import softmax_launch
