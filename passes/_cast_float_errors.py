@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from graphq import ir
+from graphq import ir, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.executor import BATCH, Executor, Fetch
@@ -36,9 +36,12 @@ def effects(
 ) -> dict[ir.Node, float]:
     """Signal over noise in dB at the model's outputs, the worst of them, if one node alone is half. One batch, and a run for each node.
 
+    Quantizers of activations are left out of the model that is disturbed: they would make whole steps of the smallest differences.
+
     Args:
         inputs_only: The node itself is float32, and so are its constants; only what it reads of others was rounded.
     """
+    model = _smooth(model)
     disturbed = Disturbed(model, [node.name or "" for node in nodes])
     batch, found = next(data.batches(data.fixed_batch or BATCH)), dict[ir.Node, float]()
     plains = disturbed.run(batch)
@@ -49,6 +52,17 @@ def effects(
             changed = disturbed.run(batch, node.name or "", error)
             found[node] = min(decibel(_power(plain), _power(other - plain)) for plain, other in zip(plains, changed, strict=True))
     return found
+
+
+def _smooth(model: ir.Model) -> ir.Model:
+    """The model without the quantizers of its activations."""
+    copy = ir.clone(model)
+    edit = Editor(copy)
+    for node in [node for node in copy.graph if node.op_type == "DequantizeLinear"]:
+        out, source = node.outputs[0], qdq.before_quantizer(node.outputs[0])
+        if source is not None and source is not out and not out.is_graph_output():
+            edit.replace(out, source)
+    return copy
 
 
 def _power(array: np.ndarray) -> float:

@@ -65,8 +65,8 @@ def is_constant(value: ir.Value) -> bool:
 
 
 def follows(node: ir.Node) -> bool:
-    """Whether `node` is a Cast to another type, which takes float32 and half alike: no Cast goes before it."""
-    return node.op_type == "Cast" and not node.domain and node.outputs[0].dtype != WIDE
+    """Whether `node` takes float32 and half alike, and makes neither: no Cast goes before it."""
+    return not node.domain and (node.op_type in ("Shape", "Size") or (node.op_type == "Cast" and node.outputs[0].dtype != WIDE))
 
 
 def make_plan(ctx: PassContext, half: Half, *, exclude: Sequence[str], margin: float, min_sqnr_db: float, samples: int) -> Plan:
@@ -178,7 +178,7 @@ def _summed(node: ir.Node) -> int:
 def _counting(plan: Plan, graph: ir.Graph) -> set[ir.Node]:
     """Nodes from which integers are computed (sizes, positions), back to the next operator with weights."""
     found: set[ir.Node] = set()
-    waiting = [ir.producer(node.inputs[0]) for node in graph if follows(node) and _is_whole(node.outputs[0])]
+    waiting = [ir.producer(node.inputs[0]) for node in graph if node.op_type == "Cast" and follows(node) and _is_whole(node.outputs[0])]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in found and node in plan.half and node.op_type not in linear.LINEAR_OPS:

@@ -304,6 +304,19 @@ def test_shared_constants_are_copied() -> None:
     assert {value.dtype for value in model.graph.initializers.values()} == {FLOAT, HALVES["fp16"].code} and casts(model) == 2
 
 
+def test_sizes_need_no_cast() -> None:
+    proto = layers("s = Shape(a)\nr = Reshape(a, s)\nb = Relu(r)")
+    model, record = cast(proto, {"x": floats(8, 8)}, exclude=("Relu",))
+    assert casts(model) == 4 and set(record.skipped[i][1] for i in range(len(record.skipped))) == {"excluded by the recipe"}
+
+
+def test_quantizers_do_not_hide_what_a_node_does() -> None:
+    """A model of 3-bit activations turns the smallest difference into steps; that is no reason for float32."""
+    proto, x = layers("r = Relu(a)\nt = MatMul(r, u)\nb = Softmax(t)", u=floats(8, 8, seed=5) * 4), floats(64, 8)
+    model, record = cast(proto, {"x": x}, InsertQdq(activation_bits=3, min_sqnr_db=0, error_samples=0), min_sqnr_db=45)
+    assert not any("it alone" in reason for _, reason in record.skipped)
+
+
 def test_several_readers_share_a_cast() -> None:
     proto = layers("r = Relu(a)\ns = Neg(a)\nt = Abs(a)\nu = Add(r, s)\nb = Add(u, t)")
     model, _ = cast(proto, {"x": floats(8, 8)}, exclude=("Relu", "Neg", "Abs", "Add"))
