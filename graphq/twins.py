@@ -112,7 +112,7 @@ def effects(model: ir.Model, twins: Sequence[Twin], data: CalibrationSet, progre
     Raises:
         ModelError: no output is float.
     """
-    disturbed = _Disturbed(model, [twin.layer for twin in twins])
+    disturbed = Disturbed(model, [twin.layer for twin in twins])
     plains = [disturbed.run(batch) for batch in data.batches(BATCH)]
     noise, power = np.zeros((len(twins), len(disturbed.outputs))), np.sum([[_power(array) for array in plain] for plain in plains], axis=0)
     done = 0
@@ -135,7 +135,7 @@ def _power(array: np.ndarray) -> float:
     return float(np.sum(array.astype(np.float64) ** 2, where=np.isfinite(array)))
 
 
-class _Disturbed:
+class Disturbed:
     """A model with an error added to the output of one layer at a time; one session serves all layers."""
 
     def __init__(self, model: ir.Model, layers: Iterable[str]) -> None:
