@@ -26,7 +26,7 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TYPES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "FP8": "float8e4m3fn", "FP4E2M1": "float4e2m1"}
 _POINTWISE = frozenset({"kgen", "shape_call", "constant", "shuffle"})
 """Kinds of layers that do not multiply matrices, unless their name says so."""
-_MULTIPLIES = re.compile(r"gemm|fc|conv|mha", re.IGNORECASE)
+_MULTIPLIES = re.compile(r"gemm|Fc|Conv|mha")
 _CHOSEN_LATER = "STUB"
 """In the name of a tactic: the kernel is picked where the engine is loaded."""
 _FLOATS = {"float": "float32", "double": "float64"}

@@ -28,6 +28,8 @@ INT8 = line("fc_myl0_1", "gemm", tensor("x", "-1,4", "Int8"), f"{tensor('w', '4,
             "[ONNX Layer: fc][ONNX Layer: xd]")  # fmt: skip
 LOST = line("__myl_CastMulFc_myl0_1", "runtime_fusion", f"{tensor('x', '-1,4', 'Int8')}, {tensor('w', '1,4,6', 'Float')}", "",
             "[ONNX Layer: fc][ONNX Layer: xd]")  # fmt: skip
+GELU = line("__myl_DivErfCastMulAdd_myl0_2", "kgen", tensor("x", "-1,6", "Half"), tensor("b", "1,6", "Half"),
+            "[ONNX Layer: fc][ONNX Layer: gelu]")  # fmt: skip
 UNPACK = line("__myl_CastMul_myl0_0", "kgen", "", tensor("w", "4,6", "Int8"), "[ONNX Layer: wd][ONNX Layer: fc]")
 
 WEIGHT = ", ".join(str(index % 7) for index in range(24))
@@ -49,7 +51,7 @@ def test_a_line_is_read() -> None:
 
 
 @pytest.mark.parametrize(("lines", "got", "unfused"), [
-    ([INT8], "int8 x int8", ()), ([], "", ()),
+    ([INT8], "int8 x int8", ()), ([], "", ()), ([INT8, GELU], "int8 x int8", ()),
     ([UNPACK, LOST], "int8 x float32", ("xd", "wd")), ([LOST, UNPACK], "int8 x float32", ("xd", "wd")),
 ])  # fmt: skip
 def test_what_a_node_asked_for_and_got(lines: list[str], got: str, unfused: tuple[str, ...]) -> None:
