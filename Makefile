@@ -47,4 +47,5 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 .venv/.kernels: .venv/.dev
 	($(PIP) '$(TORCH)' 2> /dev/null) \
 		&& $(PIP) --editable '.[kernels]' || echo "Kernels cannot be tested here, without torch for the CPU and Triton"
+	$(PIP) tensorrt-cu13-bindings || echo "Plugins cannot be tested here, without the Python files of TensorRT"
 	@touch $@
