@@ -42,8 +42,9 @@ check: .venv/.dev
 	$(PIP) --editable '.[tensorrt-rtx]' || echo "TensorRT-RTX cannot be installed here: going on without it"
 	@touch $@
 
-# The CPU build of torch only, where pip finds one: the other brings gigabytes of CUDA along. Kernels' tests skip without it.
+# The CPU build of torch only, where pip finds one: the other brings gigabytes of CUDA along. Kernels' tests skip what is not there.
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 .venv/.kernels: .venv/.dev
 	$(PIP) '$(TORCH)' && $(PIP) --editable '.[kernels]' || echo "No torch for the CPU, or no Triton, to be had: kernels are not tested"
+	$(PIP) tensorrt-cu13-bindings || echo "Plugins are not tested, without the Python files of TensorRT"
 	@touch $@
