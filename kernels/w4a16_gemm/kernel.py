@@ -188,18 +188,19 @@ def _wide(  # type: ignore[no-untyped-def]
 
 
 _SKINNY = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_WIDE = ((128, Config(64, 64, 128, 4, 4)), (256, Config(64, 128, 64, 4, 4)), (inf, Config(128, 128, 64, 8, 4)))
 TABLE: Table = {
     80: (
         (8, Config(8, 32, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)), (32, Config(32, 32, 64, 8, 3, split=True)),
-        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4)),
+        *_WIDE,
     ),
-    86: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
-    89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    86: (*_SKINNY, *_WIDE),
+    89: (*_SKINNY, *_WIDE),
     90: (
         (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)), (32, Config(32, 32, 64, 8, 3, split=True)),
-        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4)),
+        (128, Config(64, 64, 128, 4, 4)), (256, Config(64, 128, 128, 8, 4)), (inf, Config(128, 128, 64, 8, 4)),
     ),
-    120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 64, 8, 4))),
+    120: (*_SKINNY, *_WIDE),
 }  # fmt: skip
 """README.md has the reasoning."""
 

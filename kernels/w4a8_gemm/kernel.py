@@ -162,18 +162,16 @@ def _wide(  # type: ignore[no-untyped-def]
 
 
 _SKINNY = ((8, Config(8, 16, 128, 8, 3, split=True)), (16, Config(16, 16, 128, 8, 3, split=True)))
+_WIDE = ((128, Config(64, 64, 128, 4, 4)), (256, Config(128, 64, 128, 8, 3)), (inf, Config(128, 128, 128, 8, 3)))
 TABLE: Table = {
-    80: (
-        (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)),
-        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4)),
-    ),
-    86: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
-    89: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
+    80: ((8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 3, split=True)), *_WIDE),
+    86: (*_SKINNY, *_WIDE),
+    89: (*_SKINNY, *_WIDE),
     90: (
         (8, Config(8, 32, 128, 8, 4, split=True)), (16, Config(16, 32, 128, 8, 4, split=True)),
-        (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 4)),
+        (128, Config(64, 64, 128, 4, 4)), (256, Config(64, 128, 128, 8, 4)), (inf, Config(128, 128, 128, 8, 4)),
     ),
-    120: (*_SKINNY, (64, Config(64, 64, 128, 4, 4)), (inf, Config(128, 128, 128, 8, 3))),
+    120: (*_SKINNY, *_WIDE),
 }  # fmt: skip
 """README.md has the reasoning."""
 
