@@ -205,6 +205,8 @@ def _engine(found: EngineFacts) -> None:
         say(f"  {node.node} asked for {node.asked} and got {node.got}, in {node.layer}", style="yellow")
     if len(lost) > SHOWN:
         say(f"  and {len(lost) - SHOWN} more; the report names them", style="yellow")
+    for name, value in found.sqnr_db.items():
+        say(f"  run here: output {name} is {decibel(value)} from the model it was built from")
     if found.options.sparse:
         picked = "not known here, they are picked where the engine is loaded" if found.sparse_kernels is None else found.sparse_kernels
         say(f"  kernels for 2:4 sparse weights: {picked}")

@@ -93,16 +93,17 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         verify.require_same_interface(original, ctx.model)
         measured = _measure(original, ctx, plan, labelled, out_path)
     with clock("emit"):
-        result = _report(path, original, ctx, plan, data, seed, command, records, measured, _notes(data, plan, goal, emit))
+        result = _report(path, original, ctx, plan, data, seed, command, records, measured, _notes(data, plan, goal))
         report.embed(ctx.model, result)
         if data.preprocess is not None:
             ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()
         try:
             gates.require_passed(result.gates)
             with files.pending(out_path) as file:
-                built = _write(ctx.model, file, emit, goal, held_out, engine, progress)
+                built = _write(ctx, file, emit, engine, measured)
                 size = files.written_bytes(file)
-                result = replace(result, engine=built, gates=measured.gates(plan, size / result.model.bytes if emit == "onnx" else None))
+                ratio = size / result.model.bytes if emit == "onnx" else None
+                result = replace(result, engine=built, notes=(*result.notes, *_engine_note(built)), gates=measured.gates(plan, ratio))
                 gates.require_passed(result.gates)
         except VerifyError as error:
             raise _refused(error, ctx.model, out_path, result, report_dir) from error
@@ -217,14 +218,15 @@ def _refused(error: VerifyError, model: ir.Model, out: Path, result: Report | No
     return refused
 
 
-def _write(model: ir.Model, file: Path, emit: Emit, target: Target, data: CalibrationSet, engine: EngineOptions | None,
-           progress: Progress) -> EngineFacts | None:  # fmt: skip
+def _write(ctx: PassContext, file: Path, emit: Emit, engine: EngineOptions | None, measured: Measured) -> EngineFacts | None:
     if emit == "onnx":
-        ir.save(model, file)
+        ir.save(ctx.model, file)
         return None
-    from graphq.backends import tensorrt
+    from graphq.backends import engine_check, tensorrt
 
-    return tensorrt.emit_engine(model, file, target, data, engine or tensorrt.DEFAULT, progress)
+    built = tensorrt.emit_engine(ctx.model, file, ctx.target, ctx.held_out, engine or tensorrt.DEFAULT, ctx.progress)
+    closest = min((output.sqnr_db for output in measured.comparison), default=float("inf"))
+    return engine_check.run(file, built, ctx.model, ctx.target, ctx.held_out, closest)
 
 
 def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data: CalibrationSet, seed: int, command: str | None,
@@ -266,12 +268,16 @@ def _made_by(value: ir.Value | None, op_type: str) -> bool:
     return maker is not None and maker.op_type == op_type
 
 
-def _notes(data: CalibrationSet, plan: Recipe, target: Target, emit: Emit) -> tuple[str, ...]:
+def _engine_note(built: EngineFacts | None) -> tuple[str, ...]:
+    if built is None or not built.not_run:
+        return ()
+    return (f"The engine was built but not run: {built.not_run} The model that it was built from was compared with the original.",)
+
+
+def _notes(data: CalibrationSet, plan: Recipe, target: Target) -> tuple[str, ...]:
     notes = list(_data_notes(data))
     if plan.gates.min_speedup is not None and not target.measures_speed:
         notes.append(f"Gate min_speedup was not measured: {target.name} does not run here.")
-    if emit == "engine":
-        notes.append("The model the engine was built from was compared with the original; the engine itself was not run.")
     return (*notes, *_random_note(data, plan))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,6 +121,8 @@ class EngineFacts:
         unfused: Q/DQ nodes of linear nodes that did not get the type they asked for: they cost time and save none.
         sparse_kernels: Layers with a kernel for 2:4 sparsity; None if kernels are only picked where the engine is loaded.
         options: How it was built.
+        sqnr_db: By output, how close the engine comes to the model that it was built from; empty if it was not run.
+        not_run: Why it was not.
     """
 
     layers: int
@@ -128,6 +130,8 @@ class EngineFacts:
     unfused: tuple[str, ...]
     sparse_kernels: int | None
     options: EngineOptions = EngineOptions()
+    sqnr_db: Mapping[str, float] = field(default_factory=dict)
+    not_run: str = ""
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -50,7 +50,14 @@ def _weights_as_inputs(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def compare(reference: Executor, result: Executor, data: CalibrationSet, names: Sequence[str]) -> tuple[OutputComparison, ...]:
+class Runnable(Protocol):
+    """A model, or what was made of it, ready to run."""
+
+    def run(self, feeds: Feeds) -> list[Any]:
+        """The outputs, in order."""
+
+
+def compare(reference: Runnable, result: Runnable, data: CalibrationSet, names: Sequence[str]) -> tuple[OutputComparison, ...]:
     """Each output of `result` against the same of `reference` over all of `data`, batch by batch.
 
     Raises:

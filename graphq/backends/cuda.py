@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that timing an engine needs, through ctypes: the driver is there wherever there is a GPU.
+"""The few calls of the CUDA driver that running an engine needs, through ctypes: the driver is there wherever there is a GPU.
 
 Works on the primary context of the first GPU, which is the one that runtimes use. Names are those of the CUDA Driver API.
 """
@@ -17,7 +17,7 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 class Cuda:
-    """The first GPU. What is allocated lives as long as the process.
+    """The first GPU. What is allocated lives until it is freed, or as long as the process.
 
     Raises:
         TargetError: there is no driver or no GPU, or a call fails.
@@ -57,6 +57,14 @@ class Cuda:
         if array.nbytes:
             self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
         return address
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Fill `array`, which is contiguous, from `address` on the GPU."""
+        if array.nbytes:
+            self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def stream(self) -> ctypes.c_void_p:
         stream = ctypes.c_void_p()

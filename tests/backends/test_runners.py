@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from graphq import ir
-from graphq.backends import cuda, runners
+from graphq.backends import cuda, engine_check, runners
 from graphq.backends.engine_runner import engine_runner
-from graphq.errors import TargetError
+from graphq.calibration import open_calibration
+from graphq.engines import EngineFacts
+from graphq.errors import TargetError, VerifyError
 from graphq.models import onnx_path
+from graphq.targets import get_target
 
 CNN = onnx_path("digits_cnn")
 FEEDS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -88,6 +91,10 @@ class FakeDriver:
         return 0
 
     def do_cuMemcpyHtoD_v2(self, to: Any, source: Any, size: Any) -> int:
+        ctypes.memmove(to.value, source.value, size.value)
+        return 0
+
+    def do_cuMemcpyDtoH_v2(self, to: Any, source: Any, size: Any) -> int:
         ctypes.memmove(to.value, source.value, size.value)
         return 0
 
@@ -170,6 +177,38 @@ def test_an_engine_gets_its_inputs_and_is_timed_between_two_events(
         assert run() == 1.5
         assert driver.calls == ["cuEventRecord", "execute", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"]
         assert list((ctypes.c_float * 6).from_address(context.addresses["y"])) == [0, 2, 4, 6, 8, 10]
+    assert driver.calls.count("cuMemFree_v2") == 2
+
+
+@pytest.mark.parametrize(("factor", "limit", "holds"), [
+    (2, 50.0, True), (1.9, 50.0, False), (1.9, 20.0, True), (2.6, 5.0, True), (-2, 5.0, False),
+])  # fmt: skip
+def test_an_engine_is_compared_with_its_model(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, limit: float, holds: bool
+) -> None:
+    """The engine doubles its input. A model that multiplies by another factor is not what it was built from, beyond the tolerance."""
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(driver, FakeContext(driver, takes=True)))
+    (tmp_path / "m.engine").write_bytes(b"engine")
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]> g (float[n, 3] x) => (float[n, 3] y)
+        <float factor = {{{factor}}}> {{ y = Mul(x, factor) }}""")
+    data = open_calibration({"x": FEEDS["x"]}, ir.inputs(model))
+    facts = EngineFacts(1, (), (), None)
+    if holds:
+        found = engine_check.run(tmp_path / "m.engine", facts, model, get_target("tensorrt"), data, limit)
+        with np.errstate(divide="ignore"):
+            assert found.sqnr_db["y"] == pytest.approx(20 * np.log10(factor / np.abs(2 - np.float64(factor))), abs=0.1)
+        assert not found.not_run
+    else:
+        with pytest.raises(VerifyError, match="does not compute what its model does"):
+            engine_check.run(tmp_path / "m.engine", facts, model, get_target("tensorrt"), data, limit)
+
+
+def test_an_engine_that_cannot_be_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LIBRARY", "libnothing-of-the-kind.so.1")
+    model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21]> g (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }')
+    data = open_calibration({"x": FEEDS["x"]}, ir.inputs(model))
+    found = engine_check.run(tmp_path / "m.engine", EngineFacts(1, (), (), None), model, get_target("tensorrt"), data, 30.0)
+    assert "no NVIDIA driver" in found.not_run and not found.sqnr_db
 
 
 @pytest.mark.parametrize(("takes", "words"), [(True, "cannot load the engine"), (False, r"from \(1, 3\) to \(1, 3\) only")])

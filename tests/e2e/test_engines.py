@@ -6,9 +6,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 import graphq
+from graphq.engines import EngineOptions
 from graphq.models import digits, onnx_path
 from graphq.recipe import parse_recipe
 
@@ -71,3 +74,20 @@ def test_low_bit_quantizers_of_a_real_model(passes: str, assets: ModuleType, tmp
     calib = assets.calibration("vit_tiny_patch16_224", 8)
     report = graphq.convert(model, out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
     assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 12
+
+
+def test_sparse_and_integer_weights_in_one_engine(tmp_path: Path) -> None:
+    """2:4 weights keep their zeros as integers. Kernels are picked where the engine is loaded, so nothing is claimed about them."""
+    model = onnx.load(onnx_path("digits_vit"))
+    for tensor in model.graph.initializer:
+        weight = numpy_helper.to_array(tensor)
+        if weight.ndim == 2 and weight.shape[0] % 4 == 0 and min(weight.shape) > 4:
+            groups = weight.T.reshape(-1, 4).copy()
+            np.put_along_axis(groups, np.argsort(np.abs(groups), axis=1)[:, :2], 0, axis=1)
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(groups.reshape(weight.T.shape).T), tensor.name))
+    onnx.save(model, tmp_path / "sparse.onnx")
+    report = graphq.convert(tmp_path / "sparse.onnx", tmp_path / "m.engine", calib={"input": digits.calibration(16)}, target="tensorrt-rtx",
+                            emit="engine", engine=EngineOptions(sparse=True))  # fmt: skip
+    assert report.engine is not None and report.engine.options.sparse and report.engine.sparse_kernels is None
+    assert report.engine.counts["int8 x int8"] >= 17 and not report.engine.unfused
+    assert report.engine.not_run or report.engine.sqnr_db
