@@ -15,6 +15,7 @@ from graphq.errors import DataError, GraphqError, ModelError, RecipeError, Targe
 if TYPE_CHECKING:
     from graphq.bench import bench
     from graphq.convert import convert
+    from graphq.engines import EngineOptions
     from graphq.graphs import convert_graph
     from graphq.pipeline import Pass
     from graphq.recipe import Recipe, load_recipe
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "DataError", "GraphqError", "ModelError", "Pass", "QuantSpec", "Recipe", "RecipeError", "Report", "TargetError", "UsageError",
-    "VerifyError", "bench", "convert", "convert_graph", "load_recipe",
+    "DataError", "EngineOptions", "GraphqError", "ModelError", "Pass", "QuantSpec", "Recipe", "RecipeError", "Report", "TargetError",
+    "UsageError", "VerifyError", "bench", "convert", "convert_graph", "load_recipe",
 ]  # fmt: skip
 
-_LAZY = {"Pass": "pipeline", "QuantSpec": "spec", "Recipe": "recipe", "Report": "report", "bench": "bench", "convert": "convert",
-         "convert_graph": "graphs", "load_recipe": "recipe"}  # fmt: skip
+_LAZY = {
+    "EngineOptions": "engines", "Pass": "pipeline", "QuantSpec": "spec", "Recipe": "recipe", "Report": "report", "bench": "bench",
+    "convert": "convert", "convert_graph": "graphs", "load_recipe": "recipe",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
