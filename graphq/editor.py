@@ -16,15 +16,24 @@ from graphq import ir
 from graphq.errors import ModelError
 from graphq.ir import Function, Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
 
+_AUTHOR = "graphq.pass"
+
+
+def made_by(node: Node) -> str:
+    """The pass that inserted `node`; empty if it was there before."""
+    return str(node.meta.get(_AUTHOR, ""))
+
 
 class Editor:
     """Changes one model and counts the changes, by kind, in `edits`.
 
-    Names asked for are made unique. A node that other nodes still read cannot be removed.
+    Names asked for are made unique. A node that other nodes still read cannot be removed. Nodes remember the pass that inserted them
+    (see `made_by`) until the model is written.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.author = ""
         self.edits: Counter[str] = Counter()
         self._shared: dict[Hashable, Value] = {}
         graphs = list(model.graphs())
@@ -80,6 +89,7 @@ class Editor:
         `like` gives the output its shape and element type.
         """
         node = make_node(op_type, values, [self.unique(output)], domain=domain, attributes=attributes)
+        node.meta[_AUTHOR] = self.author
         if like is not None:
             node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
         if anchor is None:

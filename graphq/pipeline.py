@@ -231,7 +231,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         if stale and not exact:
             ctx.rebase()
             stale = False
-        ctx.measurements, ctx.skipped = [], []
+        ctx.measurements, ctx.skipped, ctx.edit.author = [], [], one.name
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
             one.apply(ctx.model, ctx)

@@ -23,6 +23,7 @@ from graphq import ir
 from graphq.backends import engine_layers, files
 from graphq.backends.tensorrt_log import log_of, make_monitor, words
 from graphq.calibration import CalibrationSet
+from graphq.editor import made_by
 from graphq.engines import AxisRange, EngineFacts, EngineOptions
 from graphq.errors import TargetError, UsageError
 from graphq.pipeline import Progress, no_progress
@@ -275,7 +276,8 @@ def _refusal(error: Any, model: ir.Model | None) -> str:
     if node is None:
         name = f"{error.node_operator()} {error.node_name()!r}" if error.node_operator() else "model"
     else:
-        name = ir.describe(node)
+        author = made_by(node)
+        name = f"{ir.describe(node)}{f', made by pass {author}' if author else ''}"
     return f"{name}{f' in {calls}' if calls else ''}: {reason}"
 
 

@@ -16,6 +16,7 @@ from onnx import helper
 from graphq import ir
 from graphq.backends import tensorrt
 from graphq.calibration import open_calibration
+from graphq.editor import Editor
 from graphq.engines import EngineOptions
 from graphq.errors import TargetError, UsageError
 from graphq.pipeline import Progress, no_progress
@@ -302,3 +303,15 @@ def test_an_unknown_compute_capability_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"9\.0") as caught:
         emit(matmul(), tmp_path, options=EngineOptions(compute_capability=("9.0",)), x=(4, 9, 4))
     assert "8.9" in caught.value.expected
+
+
+@needs_rtx
+def test_a_refusal_names_the_pass_that_made_the_node() -> None:
+    model = ir.from_onnx_text(RELU)
+    edit = Editor(model)
+    edit.author = "a-pass"
+    relu = model.graph[0]
+    broken = edit.insert(relu, "NonMaxSuppression", [relu.inputs[0], relu.inputs[0]], output="boxes", like=relu.inputs[0])
+    edit.rewire(relu, 0, broken)
+    (refusal,) = tensorrt.parse(model, RTX)
+    assert "NonMaxSuppression" in refusal and "made by pass a-pass" in refusal
