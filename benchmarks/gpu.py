@@ -1,6 +1,6 @@
 """Measure the kernels on the NVIDIA GPU of this machine: against torch's best, against the roofline, against their targets.
 
-    python benchmarks/gpu.py [--only KERNEL ...] [--tune] [--models A.onnx ...] [--budget-s 450] [--out benchmarks/results]
+    python benchmarks/gpu.py [--only KERNEL ...] [--tune] [--models A.onnx ...] [--sections cases ...] [--budget-s 450]
     python benchmarks/gpu.py --dry-run                 without a GPU: tiny shapes in Triton's interpreter, nothing is timed
 
 Needs `pip install graphq[kernels]`, no network, and nvidia-smi only to write down clocks, which it leaves as they are. In this order:
@@ -39,12 +39,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gpu_report
+import gpu_shapes
+import roofline
+from roofline import OURS, failed
+
 HERE = Path(__file__).resolve().parent
 RECIPES = ("fp16", "int8", "int4-weight-only")
 COPY = "copy of as many bytes"
-CASE_S = 0.6
+CASE_S = 0.4
 """For all contestants of a case, without captures and checks."""
-SHARES = {False: {"cases": 0.65, "tune": 0.65, "plugins": 0.8, "engines": 1.0},
+SHARES = {False: {"cases": 0.75, "tune": 0.75, "plugins": 0.87, "engines": 1.0},
           True: {"cases": 0.35, "tune": 0.78, "plugins": 0.88, "engines": 1.0}}  # fmt: skip
 """When each section must be over, as a share of the budget; without and with `--tune`."""
 GRACE_S = 25
@@ -62,7 +67,7 @@ class Run:
         self.results: Row = {
             "schema": 1, "state": "running", "dry_run": options.dry_run, "command": shlex.join(["python", *sys.argv]),
             "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "machine": {}, "clocks": {}, "ceilings": {},
-            "cases": [], "out_of_time": [], "tune": [], "plugins": [], "engines": {}, "targets": [],
+            "cases": [], "out_of_time": [], "stopped": {}, "tune": [], "plugins": [], "engines": {}, "targets": [],
         }  # fmt: skip
 
     def left_s(self, section: str) -> float:
@@ -72,9 +77,6 @@ class Run:
 
     def save(self) -> None:
         """Write what there is; each file is there as a whole or not at all."""
-        import gpu_report
-        import roofline
-
         self.results["targets"] = roofline.targets(self.results["cases"], self.results["ceilings"])
         self.results["seconds"] = time.monotonic() - self.started
         name = slug(self.results["machine"].get("gpu") or "interpreter")
@@ -112,7 +114,6 @@ def measure(case: Any, run: Run) -> Row:
     import gpu_cases
     import torch
     from gpu_timing import as_rows, reason, rotated, together
-    from roofline import OURS, floor_s
 
     row: Row = {"kernel": case.kernel, "family": case.family, "shape": case.shape, "dtype": case.dtype, "sizes": case.sizes}
     prepared = gpu_cases.prepare(case, run.device, run.options.seed)
@@ -124,6 +125,8 @@ def measure(case: Any, run: Run) -> Row:
         try:
             found = one.call(*one.tensors)
             error, holds = one.judge(found) if one.judge else (None, True)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as exception:  # whatever a library raises: the others go on
             row["refused"][name] = reason(exception)
             continue
@@ -136,23 +139,19 @@ def measure(case: Any, run: Run) -> Row:
         source = torch.randint(-(2**31), 2**31 - 1, (work.bytes // 8,), dtype=torch.int32, device="cuda")
         calls = {name: rotated(one.call, one.tensors) for name, one in right.items()}
         calls[COPY] = rotated(lambda a, b: torch.bitwise_not(a, out=b), (source, torch.empty_like(source)))
-        floor = floor_s(work, run.results["ceilings"])
-        times, failed = together(calls, floor, CASE_S)
+        floor = roofline.floor_s(work, run.results["ceilings"])
+        times, dropped = together(calls, floor, CASE_S)
         row["floor_s"], row["times"] = floor, as_rows(times)
-        row["refused"] |= failed
+        row["refused"] |= dropped
     return row
 
 
-def failed(row: Row) -> bool:
-    """Whether the kernel did not compute what it should."""
-    return "graphq" in row["wrong"] or "graphq" in row["refused"]
-
-
 def all_cases(run: Run) -> None:
-    import gpu_cases
+    """Measure them one after the other, those with a target first."""
     import torch
+    from gpu_timing import reason
 
-    found = gpu_cases.tiny_cases() if run.options.dry_run else gpu_cases.cases()
+    found = gpu_shapes.tiny_cases() if run.options.dry_run else gpu_shapes.cases()
     for case in found:
         if run.options.only and case.kernel not in run.options.only:
             continue
@@ -162,12 +161,15 @@ def all_cases(run: Run) -> None:
             continue
         try:
             row = measure(case, run)
-        except (torch.OutOfMemoryError, NotImplementedError) as error:
-            run.results["out_of_time"].append(f"{name}: {type(error).__name__}")
+        except torch.OutOfMemoryError:
+            run.results["out_of_time"].append(f"{name}: out of memory")
+            continue
+        except Exception as error:  # others may go on; of a GPU that is lost to this process each will say so
+            run.results["stopped"][name] = reason(error)
             continue
         run.results["cases"].append(row)
-        ours = row["times"].get("graphq")
-        words = f"{ours['median_s'] * 1e6:.1f} us" if ours else "right" if not failed(row) else "WRONG"
+        ours = row["times"].get(OURS)
+        words = row["refused"].get(OURS, "wrong") if failed(row) else f"{ours['median_s'] * 1e6:.1f} us" if ours else "right"
         run.say(f"{name}: {words}")
         run.save()
         if run.device == "cuda":
@@ -176,31 +178,31 @@ def all_cases(run: Run) -> None:
 
 def tune(run: Run) -> None:
     """Time all configurations of the float16 products of language models, first shapes first."""
-    import gpu_cases
-
-    cases = [case for case in gpu_cases.cases() if case.family == "llm" and case.dtype == "float16" and "m" in case.sizes]
+    cases = [case for case in gpu_shapes.cases() if case.family == "llm" and case.dtype == "float16" and "m" in case.sizes]
     cases = [case for case in cases if not run.options.only or case.kernel in run.options.only]
-    order = list(gpu_cases.LLM)
+    order = list(gpu_shapes.LLM)
     for case in sorted(cases, key=lambda case: (order.index(case.shape), case.sizes["m"])):
         if run.left_s("tune") < 0:
             run.results["out_of_time"].append(f"tuning {case.kernel} {case.shape} {case.sizes}")
             continue
         row = tune_one(case, run)
-        run.results["tune"].append(row)
-        run.say(f"tuned {case.kernel} {case.shape} M = {case.sizes['m']}: {row['best']}")
+        run.results["tune"] += [row] if row else []
+        run.say(f"tuned {case.kernel} {case.shape} M = {case.sizes['m']}: {row['best'] if row else 'could not be timed'}")
         run.save()
 
 
-def tune_one(case: Any, run: Run) -> Row:
-    """The fastest configuration that computes the right thing, and the time of the one that the table takes, in the same loop."""
+def tune_one(case: Any, run: Run) -> Row | None:
+    """The fastest configuration that computes the right thing, and the time of the one that the table takes, in the same loop.
+
+    None if that cannot be timed.
+    """
     import gpu_cases
     from gpu_timing import rotated, together
-    from roofline import OURS, floor_s
 
     prepared = gpu_cases.prepare(case, run.device, run.options.seed)
     ours, (m, k, n) = prepared.contestants[OURS], (case.sizes[key] for key in "mkn")
-    assert prepared.candidates is not None and ours.judge is not None
-    named = dict(prepared.candidates())
+    assert ours.judge is not None
+    named = prepared.candidates()
     g = k if case.operator == "W8A8Gemm" else gpu_cases.GROUP
     run_job(["warm"], run.left_s("tune"), [(case.operator, m, k, n, g, case.dtype, index) for index in range(len(named))])
     table = rotated(ours.call, ours.tensors)
@@ -212,7 +214,9 @@ def tune_one(case: Any, run: Run) -> Row:
             holds = False
         refused += not holds
         calls |= {name: [partial(call, *one.args) for one in table]} if holds else {}  # type: ignore[attr-defined]
-    times, _ = together(calls, floor_s(prepared.work, run.results["ceilings"]), 3 * CASE_S)
+    times, _ = together(calls, roofline.floor_s(prepared.work, run.results["ceilings"]), 3 * CASE_S)
+    if "table" not in times:
+        return None
     best = min(times, key=lambda name: times[name].median_s)
     return {"kernel": case.kernel, "shape": case.shape, "m": m, "k": k, "n": n, "table": prepared.config, "refused": refused,
             "table_s": times["table"].median_s, "best": prepared.config if best == "table" else best, "best_s": times[best].median_s,
@@ -232,7 +236,7 @@ def command_output(command: Sequence[str], seconds: float, given: str = "") -> t
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return "", f"stopped after {seconds:.0f} s"
+            return "", f"stopped after {max(seconds, 1):.0f} s"
     return out, "" if process.returncode == 0 else f"status {process.returncode}: {said.strip()[-400:]}"
 
 
@@ -257,7 +261,7 @@ def engines(run: Run) -> None:
     run.results["engines"] = record
     run.save()
     for model in run.options.models:
-        if "ran" not in record.get("done", ()):
+        if "difference" not in record:
             record.setdefault("bench", {})[model.name] = {"skipped": "engines do not run here"}
         elif run.left_s("engines") < 0:
             run.results["out_of_time"].append(f"bench of {model.name}")
@@ -268,7 +272,8 @@ def engines(run: Run) -> None:
 
 def bench(model: Path, runtime: str, left_s: Any) -> Row:
     """`graphq bench` of a float model beside its conversions by `RECIPES`, all for the runtime of that name."""
-    graphq, errors = [sys.executable, "-m", "graphq"], {}
+    graphq = [sys.executable, "-m", "graphq"]
+    errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
         made = [model]
         for recipe in RECIPES:
@@ -279,7 +284,7 @@ def bench(model: Path, runtime: str, left_s: Any) -> Row:
             made += [] if error else [out]
         said, error = command_output([*graphq, "bench", *map(str, made), "--runtime", runtime, "--json"], left_s())
     errors |= {"bench": error} if error else {}
-    return {"errors": errors, "result": json.loads(said) if said and not error else None}
+    return {"errors": errors, "result": json.loads(said) if said.startswith("{") else None}
 
 
 # ---- one command ----------------------------------------------------------------------------------------------------
@@ -291,10 +296,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter; nothing is timed")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", default=[], help="such as w4a16_gemm")
     parser.add_argument("--tune", action="store_true", help="time all configurations")
+    parser.add_argument("--sections", nargs="+", choices=("cases", "plugins", "engines"), default=["cases", "plugins", "engines"])
     parser.add_argument("--models", nargs="+", type=Path, default=[], help="float ONNX models for `graphq bench`")
     parser.add_argument("--budget-s", type=float, default=450, help="seconds that all may take (450)")
     parser.add_argument("--seed", type=int, default=0, help="of operands")
     options = parser.parse_args()
+    if options.tune and not options.dry_run:
+        options.sections = [*options.sections[:1], "tune", *options.sections[1:]]
     options.out = options.out or (Path(tempfile.mkdtemp(prefix="graphq-gpu-")) if options.dry_run else HERE / "results")
     return options
 
@@ -322,19 +330,20 @@ def main() -> int:
         results["ceilings"] = gpu_timing.ceilings(lambda: run.left_s("cases") < 0)
         run.say(f"copy {results['ceilings']['copy'] / 1e12:.2f} TB/s")
     run.save()
-    all_cases(run)
-    if options.tune and not options.dry_run:
-        tune(run)
+    sections = {"cases": all_cases, "tune": tune, "plugins": plugins, "engines": engines}
+    for name in options.sections:
+        try:
+            sections[name](run)
+        except Exception as error:  # what has a process of its own can go on
+            results["stopped"][name] = gpu_timing.reason(error)
     results["clocks"] |= {} if options.dry_run else {"after": gpu_timing.smi(*gpu_timing.CLOCKS)}
-    plugins(run)
-    engines(run)
     results["state"] = "complete"
     run.save()
     for file in sorted(options.out.glob(f"{slug(results['machine']['gpu'] or 'interpreter')}.*")):
         print(file)
     wrong = [row for row in results["cases"] if failed(row)]
-    bad = [row for row in results["plugins"] if "error" in row and "agrees" not in row or row.get("agrees") is False]
-    return 1 if wrong or bad else 0
+    bad = [row for row in results["plugins"] if "error" in row or row.get("agrees") is False]
+    return 1 if wrong or bad or results["stopped"] else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -94,7 +93,7 @@ def plugins() -> list[dict[str, Any]]:
                 found = driver().launch(cuda, built, list(operands.values()), out)
                 record |= compared(name, launch.types[-1], found, contract.reference(**operands))
         except Exception as error:  # one that fails must not hide the others
-            record["error"] = f"{type(error).__name__}: {error}"[:300]
+            record["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         records.append(record)
     return records
 
@@ -118,7 +117,7 @@ def compared(name: str, dtype: str, found: np.ndarray, expected: np.ndarray) -> 
         return {"other_codes": float(apart.mean()), "agrees": bool(apart.max() <= 1 and apart.mean() <= OTHER_CODES)}
     error = np.abs(found.astype(np.float64) - expected.astype(np.float64)) / np.abs(expected.astype(np.float64)).max()
     off = float(np.mean(~(error <= TOLERANCE[dtype])))
-    return {"error": float(error.max()), "off": off, "agrees": off <= (OTHER_CODES if name == "SULQSoftmax" else 0)}
+    return {"largest_error": float(error.max()), "off": off, "agrees": off <= (OTHER_CODES if name == "SULQSoftmax" else 0)}
 
 
 # ---- TensorRT-RTX ---------------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def engine(path: str) -> dict[str, Any]:
     try:
         _engine(Path(path), record)
     except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}"[:600]
+        record["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:600]
     return record
 
 
@@ -138,6 +137,7 @@ def _engine(path: Path, record: dict[str, Any]) -> None:
     import onnxruntime as ort
 
     from graphq.backends import tensorrt
+    from graphq.backends.engine_runner import EngineExecutor
     from graphq.targets import get_target
 
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -150,43 +150,13 @@ def _engine(path: Path, record: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.engine"
         file.write_bytes(built)
-        found = outputs(file.read_bytes(), feeds, record["done"].append)
-    expected = dict(zip((one.name for one in session.get_outputs()), session.run(None, feeds), strict=True))
-    scale = max(float(np.abs(array).max()) for array in expected.values())
-    record["difference"] = max(float(np.abs(found[name] - array).max()) for name, array in expected.items()) / scale
-
-
-def outputs(serialized: bytes, feeds: dict[str, np.ndarray], done: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Results of an engine on the GPU, by name; inputs and outputs in torch's memory."""
-    import tensorrt_rtx as trt
-    import torch
-
-    from graphq.backends.tensorrt_log import log_of
-
-    log = log_of(trt)
-    loaded = trt.Runtime(log).deserialize_cuda_engine(serialized)
-    if loaded is None:
-        raise RuntimeError(f"not loaded: {log.last_error}")
-    done("loaded")
-    context = loaded.create_execution_context()
-    if context is None:
-        raise RuntimeError(f"no context: {log.last_error}")
-    tensors = {name: torch.from_numpy(array).cuda() for name, array in feeds.items()}
-    for name, tensor in tensors.items():
-        context.set_input_shape(name, tuple(tensor.shape))
-    names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
-    for name in names:
-        if name not in feeds:
-            dtype = torch.from_numpy(np.empty(0, trt.nptype(loaded.get_tensor_dtype(name)))).dtype
-            tensors[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-        context.set_tensor_address(name, tensors[name].data_ptr())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    if not context.execute_async_v3(stream.cuda_stream):
-        raise RuntimeError(f"not run: {log.last_error}")
-    stream.synchronize()
-    done("ran")
-    return {name: tensors[name].cpu().numpy() for name in names if name not in feeds}
+        executor = EngineExecutor(file, "tensorrt-rtx")
+    record["done"].append("loaded")
+    found = executor.run(feeds)
+    record["done"].append("ran")
+    expected = session.run(executor.outputs, feeds)
+    scale = max(float(np.abs(array).max()) for array in expected)
+    record["difference"] = max(float(np.abs(ours - array).max()) for ours, array in zip(found, expected, strict=True)) / scale
 
 
 # ---- Triton's cache -------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from roofline import OURS, bandwidth_share, median_s, ratio
 
 Row = dict[str, Any]
+BENCH = ("median_ms", "p95_ms", "samples_per_s", "gpu_mib", "speedup")
+"""What the table says of a row of `graphq bench`."""
 DRY = "**Dry run in Triton's interpreter, on the CPU: results were checked, nothing was timed. No figure here is a speed.**"
 
 
@@ -18,10 +21,12 @@ def markdown(results: Row, picture: str) -> str:
              f"after {results['seconds']:.0f} s.", ""]  # fmt: skip
     lines += [DRY, ""] if results["dry_run"] else []
     lines += [", ".join(f"{key} {value}" for key, value in machine.items() if value is not None) + ".", ""]
-    lines += [f"Clocks {when}: {', '.join(f'{key} {value}' for key, value in clocks.items())}." for when, clocks in results["clocks"].items()]
+    for when, clocks in results["clocks"].items():
+        lines += [f"Clocks {when}: {', '.join(f'{key} {value}' for key, value in clocks.items()) or 'unknown'}.", ""]
     lines += [*_roofs(results["ceilings"]), *_targets(results["targets"]), f"![roofline]({picture})", ""]
     for kernel in dict.fromkeys(row["kernel"] for row in results["cases"]):
         lines += _kernel(kernel, [row for row in results["cases"] if row["kernel"] == kernel], results["ceilings"])
+    lines += [f"**Stopped**, {name}: {why}\n" for name, why in results["stopped"].items()]
     lines += [*_tuned(results["tune"]), *_plugins(results["plugins"]), *_engines(results["engines"])]
     if results["out_of_time"]:
         lines += ["## Not done, for lack of time or memory", "", *(f"- {name}" for name in results["out_of_time"]), ""]
@@ -36,27 +41,30 @@ def _roofs(ceilings: Row) -> Iterator[str]:
     if not ceilings:
         return
     yield from ("", "## Roofs, as measured", "")
-    yield from table(["bytes read and written", "TB/s"], [[f"{int(size):,}", f"{rate / 1e12:.3f}"] for size, rate in
-                                                          ceilings["copies"].items()])  # fmt: skip
-    yield from table(["matrix product of", "10^12 operations/s"], [[unit, f"{rate / 1e12:.0f}"] for unit, rate in ceilings["matrix"].items()])
+    copies = [[f"{int(size):,}", f"{rate / 1e12:.3f}"] for size, rate in ceilings["copies"].items()]
+    yield from table(["bytes read and written", "TB/s"], copies)
+    rates = [[unit, f"{rate / 1e12:.0f}"] for unit, rate in ceilings["matrix"].items()]
+    yield from table(["matrix product of", "10^12 operations/s"], rates)
     yield from (f"No product of {unit}: {why}\n" for unit, why in ceilings["refused"].items())
 
 
 def _targets(targets: Sequence[Row]) -> Iterator[str]:
     yield from ("## Targets", "", "Stated for a card of the class of an H200. One is met if every case meets it.", "")
-    verdicts = {True: "**met**", False: "**missed**", None: "not measured"}
-    cells = [[row["target"], f"at least {row['bar']:g} {row['unit']}", verdicts[row["met"]],
-              "; ".join(f"{name}: {value:.2f}" for name, value in row["values"].items()) or "-"] for row in targets]  # fmt: skip
+    verdicts = {True: "**met**", False: "**missed**", None: "not measured in all cases"}
+    cells = []
+    for row in targets:
+        each = "; ".join(f"{name}: {value:.2f}" if value else f"{name}: -" for name, value in row["values"].items())
+        cells.append([row["target"], f"at least {row['bar']:g} {row['unit']}", verdicts[row["met"]], each or "-"])
     yield from table(["what", "target", "verdict", "each case"], cells)
 
 
 def _kernel(kernel: str, rows: Sequence[Row], ceilings: Row) -> Iterator[str]:
-    """One line a case. Columns after the floor: how many times as long as the kernel the others take."""
-    yield from (f"## {kernel}", "")
+    """One line a case. The last columns: how many times as long as the kernel the others take."""
+    yield from (f"## {kernel}", "", f"Sizes are {' x '.join(rows[0]['sizes'])}.", "")
     others = list(dict.fromkeys(name for row in rows for name in row["times"] if name != OURS))
-    head = ["case", "sizes", "configuration", "error", *([] if not ceilings else ["us", "p95 us", "floor / time", "bytes / copy bandwidth"])]
-    cells = [[f"{row['shape']}, {row['dtype']}", " ".join(f"{key}={value}" for key, value in row["sizes"].items()), row["config"] or "-",
-              _verdict(row), *(_timed(row, ceilings) if ceilings else ()), *(_ratio(row, name) for name in others)] for row in rows]  # fmt: skip
+    head = ["case", "configuration", "error", *([] if not ceilings else ["us", "p95 us", "floor / time", "bytes / copy bandwidth"])]
+    cells = [[f"{row['shape']}, {row['dtype']}: {' x '.join(map(str, row['sizes'].values()))}", row["config"] or "-", _verdict(row),
+              *(_timed(row, ceilings) if ceilings else ()), *(_ratio(row, name) for name in others)] for row in rows]  # fmt: skip
     yield from table([*head, *(f"{name}: times as long" for name in others)], cells)
     notes = {f"- {name}: {why}" for row in rows for name, why in row["refused"].items()}
     notes |= {f"- {name} is not timed for {row['shape']}, {row['sizes']}: its error is {row['errors'][name]:.2g}"
@@ -85,7 +93,7 @@ def _ratio(row: Row, name: str) -> str:
 def _tuned(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
-    yield from ("## Configurations", "", "The fastest of all that `configs()` names, beside the table's choice, timed in the same loop.", "")
+    yield from ("## Configurations", "", "The fastest that `configs()` names beside the table's choice, timed in the same loop.", "")
     cells = [[row["kernel"], row["shape"], str(row["m"]), row["table"], f"{row['table_s'] * 1e6:.2f}", row["best"],
               f"{row['best_s'] * 1e6:.2f}", f"{row['table_s'] / row['best_s']:.2f}", str(row["refused"])] for row in rows]  # fmt: skip
     yield from table(["kernel", "shape", "M", "table", "us", "fastest", "us", "gain", "do not fit or compile"], cells)
@@ -96,8 +104,7 @@ def _plugins(rows: Sequence[Row]) -> Iterator[str]:
     cells = []
     for row in rows:
         verdict = "compiled, not launched: no GPU" if not row.get("launched") else "agrees" if row.get("agrees") else "**differs**"
-        failed = row.get("error") if isinstance(row.get("error"), str) else None
-        cells.append([row["operator"], str(row.get("arch", "-")), failed or verdict])
+        cells.append([row["operator"], str(row.get("arch", "-")), row.get("error", verdict)])
     yield from table(["operator", "compiled for", "result"], cells)
 
 
@@ -115,4 +122,10 @@ def _engines(record: Row) -> Iterator[str]:
     for name, found in record.get("bench", {}).items():
         yield from (f"### {name}", "", f"{found.get('skipped') or found.get('errors') or 'all built'}", "")
         rows = (found.get("result") or {}).get("rows", [])
-        yield from table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]) if rows else ()
+        cells = [[Path(row["model"]).name, row["runtime"], str(row["batch"]), *(_number(row[key]) for key in BENCH), row["reason"] or "-"]
+                 for row in rows]  # fmt: skip
+        yield from table(["model", "runtime", "batch", *BENCH, "reason"], cells) if rows else ()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

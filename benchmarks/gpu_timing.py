@@ -1,9 +1,9 @@
 """Times of calls on a GPU, and the roofs of the GPU: copy bandwidth and matrix rates. Imports torch when asked for.
 
 A call is timed within a captured CUDA graph of very many, so that neither Python nor the driver is in the time; what stays is the gap
-between two launches of one stream, about a microsecond. Successive calls take operands from different copies, four times as many bytes
-as the L2 cache holds if one copy does not, so that each call finds its operands in memory. Contestants take turns, ABC CBA ABC ..., graph by
-graph; times are CUDA events around a graph, over its launches. Median and 95th percentile are those of graphs, not of single launches.
+between two launches of one stream, about a microsecond. Successive calls take operands from different copies, together four times what the
+L2 cache holds if one copy is less, so that each call finds its operands in memory. Contestants take turns, ABC CBA ABC ..., graph by graph;
+times are CUDA events around a graph, over its launches. Median and 95th percentile are those of graphs, not of single launches.
 """
 
 from __future__ import annotations
@@ -142,11 +142,15 @@ def ceilings(expired: Callable[[], bool]) -> dict[str, Any]:
     Returns:
         `copy`; `copies`, by number of bytes; `matrix`, by element type; `refused`, why a product is missing.
     """
-    copies = {}
+    import torch
+
+    copies: dict[str, float] = {}
     for moved in COPY_BYTES:
         if not copies or not expired():
+            moved = min(moved, torch.cuda.mem_get_info()[0] // 4 // 8 * 8)
             copies[str(moved)] = copy_rate(moved)
-    matrix, refused = {}, {}
+    matrix: dict[str, float] = {}
+    refused: dict[str, str] = {}
     for name in ("float16", "bfloat16", "int8"):
         rate, why = _matrix_rate(name)
         matrix |= {name: rate} if rate else {}
@@ -155,10 +159,9 @@ def ceilings(expired: Callable[[], bool]) -> dict[str, Any]:
 
 
 def copy_rate(moved: int) -> float:
-    """Bytes a second, those that are read and those that are written."""
+    """Bytes a second of copies of so many bytes, those that are read and those that are written."""
     import torch
 
-    moved = min(moved, torch.cuda.mem_get_info()[0] // 4 // 8 * 8)
     source = torch.randint(-(2**31), 2**31 - 1, (moved // 8,), dtype=torch.int32, device="cuda")
     pair = (source, torch.empty_like(source))
     ways = {"cudaMemcpy": rotated(lambda a, b: b.copy_(a), pair), "kernel": rotated(lambda a, b: torch.bitwise_not(a, out=b), pair)}

@@ -20,6 +20,8 @@ COLOURS = {
     "w4a16_gemm": "#17c", "w8a8_gemm": "#182", "w4a8_gemm": "#93a", "sulq_softmax": "#c60", "sulq_softmax_codes": "#a33",
     "sulq_attention_value": "#555",
 }  # fmt: skip
+BODY = {"levels": 16, "codes": 12}
+"""Operators of the softmax bodies of `graphq.ops_softmax` that every element goes through, packing left out."""
 OURS = "graphq"
 """Name of the kernel among those that are timed for a case; the others are `CUBLAS`, `INT_MM` and so on."""
 CUBLAS, INT_MM, FORM = "cuBLAS", "torch._int_mm", "torch softmax, then the body"
@@ -33,7 +35,7 @@ class Work:
         bytes: All operands and the result, once.
         weight_bytes: Of these the packed weight and its scales.
         operations: A multiply-add is two.
-        unit: Whose matrix rate counts: `float16`, `bfloat16`, `int8`; nobody's if there are no operations.
+        unit: Whose matrix rate is a limit: `float16`, `bfloat16`, `int8`; empty if the operations are not those of matrix units.
     """
 
     bytes: int
@@ -61,13 +63,13 @@ def w4a8(m: int, k: int, n: int, g: int, dtype: str) -> Work:
 
 
 def softmax(rows: int, columns: int, dtype: str) -> Work:
-    """Scores in, levels out, five parameters. Its arithmetic is not that of matrix units, so it has no roof here."""
-    return Work(2 * rows * columns * ITEM[dtype] + 20)
+    """Scores in, levels out, five parameters."""
+    return Work(2 * rows * columns * ITEM[dtype] + 20, 0, BODY["levels"] * rows * columns)
 
 
 def softmax_codes(rows: int, columns: int, dtype: str) -> Work:
     """Scores in, two codes a byte out."""
-    return Work(rows * columns * ITEM[dtype] + rows * -(-columns // 2) + 20)
+    return Work(rows * columns * ITEM[dtype] + rows * -(-columns // 2) + 20, 0, BODY["codes"] * rows * columns)
 
 
 def attention_value(batch: int, rows: int, columns: int, depth: int, dtype: str) -> Work:
@@ -116,7 +118,10 @@ def bandwidth_share(row: Row, moved: int, ceilings: Mapping[str, Any]) -> float 
 
 
 def targets(rows: Sequence[Row], ceilings: Mapping[str, Any]) -> list[Row]:
-    """Each target with the value of every case that it speaks of. It is met if all of them meet it; None where nothing was timed."""
+    """Each target with the value of every case that it speaks of.
+
+    It is missed if a case misses it or its kernel failed, met if every case has a value that meets it; else `met` is None.
+    """
     decode = [row for row in rows if row["kernel"] == "w4a16_gemm" and row["sizes"].get("m") == 1 and row["family"] == "llm"]
     half = [row for row in decode if row["dtype"] == "float16"]
     many = [row for row in rows if row["kernel"] == "w8a8_gemm" and row["sizes"].get("m") == 4096]
@@ -132,10 +137,16 @@ def targets(rows: Sequence[Row], ceilings: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
     out = []
     for what, unit, bar, found, value in stated:
-        values = {title(row): got for row in found if (got := value(row)) is not None}
-        missed = [key for key, got in values.items() if got < bar]
-        out.append({"target": what, "unit": unit, "bar": bar, "values": values, "missed_on": missed, "met": not missed if values else None})
+        got = {title(row): value(row) for row in found}
+        missed = [title(row) for row in found if failed(row) or (got[title(row)] or math.inf) < bar]
+        met = False if missed else True if got and None not in got.values() else None
+        out.append({"target": what, "unit": unit, "bar": bar, "values": got, "missed_on": missed, "met": met})
     return out
+
+
+def failed(row: Row) -> bool:
+    """Whether the kernel did not compute what it should."""
+    return OURS in row["wrong"] or OURS in row["refused"]
 
 
 def title(row: Row) -> str:
@@ -163,19 +174,19 @@ class _Axes:
 
 
 def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Kernel, operations a byte, operations a second of each case with matrix operations that was timed."""
+    """Kernel, operations a byte, operations a second of each case that was timed."""
     return [
         (row["kernel"], row["operations"] / row["bytes"], row["operations"] / seconds)
-        for row in rows if row["operations"] and (seconds := median_s(row))
+        for row in rows if (seconds := median_s(row))
     ]  # fmt: skip
 
 
 def picture(rows: Sequence[Row], ceilings: Mapping[str, Any], caption: str) -> str:
-    """The roofline as SVG, both axes logarithmic: roofs as measured, one point a case. Kernels without matrix operations are not in it."""
+    """The roofline as SVG, both axes logarithmic: roofs as measured, one point a case."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
     parts = [head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', _text(LEFT, 18, caption, anchor="start")]
     found = points(rows)
-    if not ceilings or not found:
+    if not ceilings.get("matrix") or not found:
         return "\n".join([*parts, _text(WIDTH / 2, HEIGHT / 2, "nothing was timed"), "</svg>", ""])
     highest = max(ceilings["matrix"].values())
     xs, ys = [x for _, x, _ in found] + [ridge(unit, ceilings) for unit in ceilings["matrix"]], [y for *_, y in found]
