@@ -144,12 +144,12 @@ def _engine(path: Path, record: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     feeds = {one.name: rng.random([size if isinstance(size, int) else 1 for size in one.shape], np.float32) for one in session.get_inputs()}
     started = time.perf_counter()
-    built, _ = tensorrt.build(path, {name: feed.shape for name, feed in feeds.items()}, get_target("tensorrt-rtx"))
+    built = tensorrt.build(path, {name: feed.shape for name, feed in feeds.items()}, get_target("tensorrt-rtx"))
     record["build_s"] = time.perf_counter() - started
     record["done"].append("built")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.engine"
-        file.write_bytes(built)
+        file.write_bytes(built.engine)
         executor = EngineExecutor(file, "tensorrt-rtx")
     record["done"].append("loaded")
     found = executor.run(feeds)

@@ -31,14 +31,12 @@ from graphq.backends.turns import Worker, WorkerError, take_turns
 from graphq.bench_result import BenchResult, Row, Turns, read, require_one_machine, speedup, times
 from graphq.calibration import CalibrationSet, from_columns, random_calibration
 from graphq.data import open_data
+from graphq.engines import ENGINE_SUFFIXES
 from graphq.errors import DataError, GraphqError, ModelError, TargetError, UsageError
 from graphq.machine import Machine, this_machine
 from graphq.names import unknown_name
 from graphq.pipeline import Progress, no_progress
 from graphq.spec import ModelInput
-
-ENGINES = (".engine", ".plan", ".trt")
-"""Suffixes of files that are engines of TensorRT or TensorRT-RTX."""
 
 SECONDS = 2.0
 """For each model on each runtime and batch size, about."""
@@ -108,7 +106,7 @@ class _Subject:
 
     @property
     def is_engine(self) -> bool:
-        return self.path.suffix.lower() in ENGINES
+        return self.path.suffix.lower() in ENGINE_SUFFIXES
 
     def feeds(self, batch: int) -> dict[str, np.ndarray]:
         """Arrays of `batch` samples. Raises GraphqError if there are no such."""
@@ -123,7 +121,7 @@ class _Subject:
 def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | Path | None, seed: int) -> list[_Subject]:
     """The models with their inputs. An engine does not tell its inputs without a GPU: it gets those of the first ONNX model."""
     found: dict[Path, _Subject] = {}
-    for path in [path for path in paths if path.suffix.lower() not in ENGINES]:
+    for path in [path for path in paths if path.suffix.lower() not in ENGINE_SUFFIXES]:
         model = ir.load(path)
         size = path.stat().st_size + sum(file.stat().st_size for file in report.external_files(path, model))
         try:

@@ -198,8 +198,12 @@ def comparisons(found: Sequence[OutputComparison], samples: int = 0) -> None:
 
 
 def _engine(found: EngineFacts) -> None:
-    """What the builder made of the linear nodes."""
+    """What the builder made of the linear nodes, and which sizes it built for."""
+    from graphq.engines import shape_text
+
     say(f"engine: {found.layers} layers; linear nodes by operand types: {counts(found.counts) or 'unknown'}")
+    for name, axes in found.shapes.items():
+        say(f"  takes {name}={shape_text(axes)}  (fewest:best:most)")
     lost = [node for node in found.nodes if node.is_lost]
     for node in lost[:SHOWN]:
         say(f"  {node.node} asked for {node.asked} and got {node.got}, in {node.layer}", style="yellow")

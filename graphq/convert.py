@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import graphq
-from graphq import accuracy, gates, half, ir, kernels_used, linear, report, targets, verify
+from graphq import accuracy, gates, half, ir, kernels_used, notes, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
-from graphq.engines import EngineFacts, EngineOptions
+from graphq.engines import ENGINE_SUFFIXES, EngineFacts, EngineOptions, options_of
 from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
-from graphq.executor import BATCH, Executor
-from graphq.gates import GateResult
+from graphq.executor import Executor
+from graphq.gates import GateResult, Gates
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import METADATA_KEY, Preprocess
-from graphq.qdq import quantized_weight_bytes
+from graphq.qdq import quantized_nodes, quantized_weight_bytes
 from graphq.recipe import Recipe, load_recipe
 from graphq.report import Accuracy, CalibrationFacts, Latency, OutputComparison, Report
 from graphq.targets import Target
 
 HELD_OUT = 8
 """Samples kept back for verification; of fewer than 32 a quarter, but at least one (or one batch of the model's fixed size)."""
-
-FEW = 16
-"""Calibration samples that raise no doubt."""
 
 TINY = 1 << 20
 """Parameters of models that run for less than a millisecond, where waking up threads shows."""
@@ -43,7 +40,8 @@ Emit = Literal["onnx", "engine"]
 def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe = "int8", calib: Source | None = None,
             preprocess: str | Path | Preprocess | None = None, target: str = "onnxruntime", emit: Emit = "onnx",
             limits: Mapping[str, float | None] | None = None, evaluate: str | Path | None = None,
-            engine: EngineOptions | None = None, report_dir: str | Path | None = None, seed: int = 0, memory_budget: int = 2 << 30,
+            engine: EngineOptions | Mapping[str, Any] | None = None, report_dir: str | Path | None = None,
+            seed: int = 0, memory_budget: int = 2 << 30,
             command: str | None = None, progress: Progress = no_progress) -> Report:  # fmt: skip
     """Compress `model` by `recipe` and write the result to `out` once it is verified.
 
@@ -58,7 +56,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
         limits: Gates by name that take the place of the recipe's; None takes one away.
         evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after.
-        engine: How an engine is built, with `emit="engine"`.
+        engine: How an engine is built, with `emit="engine"`: `graphq.EngineOptions`, or a mapping of its fields.
         report_dir: Folder for report.json.
         seed: Of everything random.
         memory_budget: Bytes that a sweep may hold in memory.
@@ -74,7 +72,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     goal = targets.get_target(target)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     plan = plan.with_gates(limits) if limits else plan
-    _check_request(plan, goal, emit, engine, evaluate)
+    settings = options_of(engine) if isinstance(engine, Mapping) else engine
+    _check_request(plan, goal, emit, out_path, settings, limits or {}, evaluate)
     with clock("load"):
         original = ir.load(path)
         files.check_output(out_path, _inputs(path, original, recipe, calib, preprocess, evaluate))
@@ -87,23 +86,25 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                       memory_budget=memory_budget, progress=progress)  # fmt: skip
     with clock("passes"):
-        records = run_passes(plan.passes, ctx, verify.verify_graph)
+        records = run_passes(plan.passes, ctx, verify.verify_graph, partial(_require_parsed, target=goal))
     with clock("verify"):
         targets.require_legal(ctx.model, goal)
+        if emit == "onnx":
+            _require_parsed(ctx.model, goal)
         verify.require_same_interface(original, ctx.model)
         measured = _measure(original, ctx, plan, labelled, out_path)
     with clock("emit"):
-        result = _report(path, original, ctx, plan, data, seed, command, records, measured, _notes(data, plan, goal))
+        result = _report(path, original, ctx, plan, data, seed, command, records, measured, notes.of_request(data, plan, goal))
         report.embed(ctx.model, result)
         if data.preprocess is not None:
             ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()
         try:
             gates.require_passed(result.gates)
             with files.pending(out_path) as file:
-                built = _write(ctx, file, emit, engine, measured)
+                built = _write(ctx, file, emit, settings, measured)
                 size = files.written_bytes(file)
-                ratio = size / result.model.bytes if emit == "onnx" else None
-                result = replace(result, engine=built, notes=(*result.notes, *_engine_note(built)), gates=measured.gates(plan, ratio))
+                ratio = size / result.model.bytes if emit == "onnx" or _limits_size(plan, limits) else None
+                result = replace(result, engine=built, notes=(*result.notes, *notes.of_engine(built)), gates=measured.gates(plan, ratio))
                 gates.require_passed(result.gates)
         except VerifyError as error:
             raise _refused(error, ctx.model, out_path, result, report_dir) from error
@@ -145,15 +146,43 @@ class Measured:
         return gates.check(plan.gates, self.comparison, self.latency, self.accuracy, size_ratio)
 
 
-def _check_request(plan: Recipe, target: Target, emit: str, engine: EngineOptions | None, evaluate: object) -> None:
+def _limits_size(plan: Recipe, limits: Mapping[str, float | None] | None) -> bool:
+    """Whether somebody asks for a size: code makes an engine larger than its weights, so that the limit of all models is not for it."""
+    return "max_size_ratio" in (limits or {}) or plan.gates.max_size_ratio != Gates().max_size_ratio
+
+
+def _require_parsed(model: ir.Model, target: Target) -> None:
+    """Raises TargetError if the parser of `target`, where it is installed, refuses `model`."""
+    if not target.builds_engines:
+        return
+    from graphq.backends import tensorrt
+
+    tensorrt.require_parsed(model, target)
+
+
+def _check_request(plan: Recipe, target: Target, emit: str, out: Path, engine: EngineOptions | None, limits: Mapping[str, float | None],
+                   evaluate: object) -> None:  # fmt: skip
     """Refuse what cannot be done before anything is read."""
+    if limits.get("min_speedup") is not None and not target.measures_speed:
+        raise UsageError(
+            f"The speed of {target.name} cannot be measured here.", where="--gate min_speedup", expected="--target onnxruntime",
+            hint="leave the gate out, and run `graphq bench` where the result is to run",
+        )  # fmt: skip
     if emit == "engine" and not target.builds_engines:
         engines = " or ".join(name for name, entry in targets.TARGETS.items() if entry.builds_engines)
         raise UsageError(
             f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx"
         )
+    is_engine_name = out.suffix.lower() in ENGINE_SUFFIXES
+    if is_engine_name and emit != "engine" or out.suffix.lower() == ".onnx" and emit == "engine":
+        raise UsageError(
+            f"The name of the result is that of {'an engine' if is_engine_name else 'an ONNX model'}, and it is to be the other.",
+            where=str(out), expected=f"--emit engine with {', '.join(ENGINE_SUFFIXES)}, --emit onnx with .onnx",
+        )  # fmt: skip
     if engine is not None and emit != "engine":
-        raise UsageError("There is no engine to build.", where=f"{engine}", expected="--emit engine", hint="or leave the options out")
+        raise UsageError(
+            "There is no engine to build.", where="--engine or --shape", expected="--emit engine", hint="or leave the options out"
+        )
     lacks = [f"{name}: {why}" for name, why in target.engine_lacks.items() if engine is not None and getattr(engine, name)]
     if lacks:
         raise UsageError(f"{target.name} does not have this engine option.", where="; ".join(lacks))
@@ -240,63 +269,6 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest, any(one.needs_data for one in plan.passes)),
         passes=tuple(records), held_out=len(ctx.held_out), comparison=measured.comparison, latency=measured.latency,
         accuracy=measured.accuracy,
-        quantized=_quantized(ctx.model, ctx.target), weight_bytes_before=before, weight_bytes_after=after,
+        quantized=quantized_nodes(ctx.model, ctx.target), weight_bytes_before=before, weight_bytes_after=after,
         integer_kernels=measured.integer_kernels, gates=measured.gates(plan), versions=report.tool_versions(), notes=notes,
     )  # fmt: skip
-
-
-def _quantized(model: ir.Model, target: Target) -> dict[str, int]:
-    """Quantized nodes by type: linear ones with integer weights, others that `target` fuses with the quantizers around them."""
-    counts: Counter[str] = Counter()
-    for node in model.graph:
-        if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        if node.op_type in linear.LINEAR_OPS:
-            found = _made_by(linear.weight_of(node), "DequantizeLinear")
-        elif node.op_type in target.ops:
-            uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
-            reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")
-            found = reads and bool(uses) and set(uses) == {"QuantizeLinear"}
-        else:
-            continue
-        counts[node.op_type] += found
-    return dict(+counts)
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> bool:
-    maker = ir.producer(value)
-    return maker is not None and maker.op_type == op_type
-
-
-def _engine_note(built: EngineFacts | None) -> tuple[str, ...]:
-    if built is None or not built.not_run:
-        return ()
-    return (f"The engine was built but not run: {built.not_run} The model that it was built from was compared with the original.",)
-
-
-def _notes(data: CalibrationSet, plan: Recipe, target: Target) -> tuple[str, ...]:
-    notes = list(_data_notes(data))
-    if plan.gates.min_speedup is not None and not target.measures_speed:
-        notes.append(f"Gate min_speedup was not measured: {target.name} does not run here.")
-    return (*notes, *_random_note(data, plan))
-
-
-def _data_notes(data: CalibrationSet) -> Iterator[str]:
-    """What makes calibration data look as if it were not what the model will see."""
-    if data.kind == "random":
-        return
-    if len(data) < FEW:
-        held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "a few of them for verification"
-        yield f"There are only {len(data)} calibration samples, {held}: give {FEW} or more, as different as what the model will see."
-    first = next(data.batches(BATCH))
-    for name, array in first.items():
-        if array.dtype.kind == "f" and array.size > 1 and array.min() == array.max():
-            yield f"Input {name!r} is {array.flat[0]:g} throughout the first calibration samples: ranges from it hold for nothing else."
-
-
-def _random_note(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:
-    if data.kind != "random":
-        return ()
-    use = "ranges and verification" if any(one.needs_data for one in plan.passes) else "verification"
-    return (f"No calibration data was given: {len(data)} RANDOM inputs of the declared types stood in for it, in {use}. "
-            "What the result does on real inputs is not known and may be much worse; give --calib.",)  # fmt: skip

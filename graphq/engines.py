@@ -15,6 +15,9 @@ from pydantic.dataclasses import dataclass as options
 from graphq.errors import UsageError
 from graphq.names import unknown_name
 
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""Of files that hold engines."""
+
 AxisRange = tuple[int, int, int]
 """Fewest, best and most of one axis."""
 
@@ -45,7 +48,7 @@ class EngineOptions:
 
 
 _SIZE = r"\d+(?::\d+:\d+)?"
-_SHAPE = re.compile(rf"(?P<name>[^=]+)=(?P<axes>{_SIZE}(?:x{_SIZE})*)")
+_SHAPE = re.compile(rf"(?P<name>.+)=(?P<axes>{_SIZE}(?:x{_SIZE})*)")
 
 
 def parse_options(texts: Sequence[str], shapes: Sequence[str]) -> EngineOptions | None:
@@ -59,23 +62,48 @@ def parse_options(texts: Sequence[str], shapes: Sequence[str]) -> EngineOptions 
     """
     if not texts and not shapes:
         return None
-    values: dict[str, Any] = {"shapes": dict(map(_parse_shape, shapes))}
+    values: dict[str, Any] = {"shapes": {}}
+    for name, axes in map(_parse_shape, shapes):
+        if name in values["shapes"]:
+            raise UsageError("The shape of one input is given twice.", where=f"--shape {name}=...")
+        values["shapes"][name] = axes
     known = [entry.name for entry in fields(EngineOptions) if entry.name != "shapes"]
     for text in texts:
         name, has_value, value = (part.strip() for part in text.partition("="))
         name = name.replace("-", "_")
         if name not in known:
             raise UsageError(**unknown_name("engine option", name, known))
+        if name in values:
+            raise UsageError("An engine option is given twice.", where=f"--engine {text}")
+        if bool(has_value) == (name in _FLAGS) or (has_value and not value):
+            raise UsageError(
+                f"Engine option {name!r} {'takes no value' if name in _FLAGS else 'needs a value'}.", where=f"--engine {text}",
+                expected=name if name in _FLAGS else f"{name}={_EXAMPLES[name]}",
+            )  # fmt: skip
         values[name] = (value.split(",") if name == "compute_capability" else value) if has_value else True
+    return options_of(values)
+
+
+_FLAGS = frozenset({"sparse", "strip", "weight_streaming", "plugins"})
+_EXAMPLES = {"level": "3", "compute_capability": "8.9,12.0", "timing_cache": "timings.cache"}
+
+
+def options_of(values: Mapping[str, Any]) -> EngineOptions:
+    """Options from a mapping of their names.
+
+    Raises:
+        UsageError: a name is not known, or a value does not fit.
+    """
     try:
         return EngineOptions(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"An engine option does not fit: {first['msg']}.", where=f"{first['loc'][0]}={first['input']}") from error
+        where = f"{'.'.join(map(str, first['loc']))}={first['input']}"
+        raise UsageError(f"An engine option does not fit: {first['msg']}.", where=where) from error
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[AxisRange, ...]]:
-    found = _SHAPE.fullmatch(text.replace(" ", ""))
+    found = _SHAPE.fullmatch(text.strip())
     if found is None:
         raise UsageError(
             f"{text!r} is no shape.", where="--shape", expected="NAME=SIZExSIZEx..., each SIZE a number or fewest:best:most",
@@ -111,6 +139,11 @@ class NodePrecision:
         return bool(self.got) and wide[1] < wide[0]
 
 
+def shape_text(axes: Sequence[AxisRange]) -> str:
+    """A range as the command line takes it: `1:8:32x3x224x224`."""
+    return "x".join(str(best) if low == best == high else f"{low}:{best}:{high}" for low, best, high in axes)
+
+
 @dataclass(frozen=True)
 class EngineFacts:
     """What the builder says about its plan.
@@ -121,6 +154,8 @@ class EngineFacts:
         unfused: Q/DQ nodes of linear nodes that did not get the type they asked for: they cost time and save none.
         sparse_kernels: Layers with a kernel for 2:4 sparsity; None if kernels are only picked where the engine is loaded.
         options: How it was built.
+        shapes: Range of each axis of the inputs with open axes, as they were built in.
+        capped: Axes other than the batch that are no larger than in the data, as `input axis 1 (past)`.
         sqnr_db: By output, how close the engine comes to the model that it was built from; empty if it was not run.
         not_run: Why it was not.
     """
@@ -130,6 +165,8 @@ class EngineFacts:
     unfused: tuple[str, ...]
     sparse_kernels: int | None
     options: EngineOptions = EngineOptions()
+    shapes: Mapping[str, tuple[AxisRange, ...]] = field(default_factory=dict)
+    capped: tuple[str, ...] = ()
     sqnr_db: Mapping[str, float] = field(default_factory=dict)
     not_run: str = ""
 

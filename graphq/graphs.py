@@ -66,5 +66,9 @@ def _surgeon(graph: Any) -> Any:
 
 
 def _save(proto: onnx.ModelProto, path: Path) -> None:
-    is_large = proto.ByteSize() > LIMIT
-    onnx.save(proto, path, save_as_external_data=is_large)
+    if proto.ByteSize() > LIMIT:  # saving moves the weights out of what is saved
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        onnx.save(copy, path, save_as_external_data=True)
+    else:
+        onnx.save(proto, path)

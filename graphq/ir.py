@@ -34,6 +34,10 @@ _NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "in
 }  # fmt: skip
 
 
+_ENGINES = (b"ftrt", b"vtrt")
+"""First bytes of the engines of TensorRT and TensorRT-RTX."""
+
+
 # ---- reading and writing --------------------------------------------------------------------------------------------
 
 
@@ -49,6 +53,12 @@ def load(path: str | os.PathLike[str]) -> Model:
         raise ModelError("There is no such model file.", where=str(path), expected="an ONNX file, not a folder", hint="check the path")
     if path.stat().st_size == 0:
         raise ModelError("The model file is empty.", where=str(path), expected="an ONNX model", hint="export the model again")
+    with path.open("rb") as file:
+        if file.read(4) in _ENGINES:
+            raise ModelError(
+                "This is a TensorRT engine, not an ONNX model.", where=str(path), expected="an ONNX file",
+                hint="`graphq bench` runs engines; what was done to one is in the folder that `--report` named",
+            )  # fmt: skip
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except Exception as error:  # protobuf raises several unrelated types

@@ -208,11 +208,12 @@ class Pass(ABC):
         """A postcondition of this pass. Raises VerifyError."""
 
 
-def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None]) -> list[PassRecord]:
+def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None],
+               require_legal: Callable[[ir.Model], None] = lambda model: None) -> list[PassRecord]:  # fmt: skip
     """Apply `passes` in order, verify after each, and return one record a pass.
 
     The reference is the model as the passes that keep the function left it. Before the first that reads data or changes the
-    function, all that are left may refuse the target: nothing has been calibrated then.
+    function, all that are left may refuse the target, and `require_legal` the model: nothing has been calibrated then.
 
     Raises:
         RecipeError: a pass changed nothing and neither it nor the recipe allows that.
@@ -226,6 +227,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         end = index + 1 if one.keeps_function and not one.needs_data else len(passes)
         for later in passes[asked:end]:
             later.precheck(ctx.model, ctx.target)
+        if asked < end == len(passes):
+            require_legal(ctx.model)
         asked = max(asked, end)
         exact = exact and one.keeps_function
         if stale and not exact:

@@ -6,15 +6,17 @@ DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from graphq import ir, linear
+from graphq import ir, linear, ops
 from graphq.editor import Editor
 from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
+from graphq.targets import Target
 
 INT32_LIMIT = float(1 << 30)
 """Largest magnitude of a bias code: half of the type, which leaves the accumulator as much room again."""
@@ -181,6 +183,14 @@ def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
     before, after = 0, 0
     seen: set[ir.Value] = set()
     for node in ir.all_nodes(model):
+        if node.domain == ir.DOMAIN and node.op_type in ops.OPERATORS:
+            packed = dict(zip(ops.OPERATORS[node.op_type].inputs, node.inputs, strict=True))
+            inputs = (ir.shape_of(node.inputs[0]) or (0,))[-1]
+            if "weight" in packed and packed["weight"] not in seen and isinstance(inputs, int):
+                seen.add(packed["weight"])  # type: ignore[arg-type]
+                before += 4 * inputs * ir.constant_shape(packed["weight"])[0]
+                arrays = [ir.constant(packed[key]) for key in ("weight", "w_scale")]
+                after += sum(array.nbytes for array in arrays if array is not None)
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
         if codes is None or codes in seen or not codes.is_initializer() or codes.const_value is None or codes.dtype == ir.DataType.INT32:
             continue
@@ -188,3 +198,29 @@ def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
         before += 4 * int(np.prod(ir.constant_shape(codes)))
         after += sum(value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None)
     return before, after
+
+
+def quantized_nodes(model: ir.Model, target: Target) -> dict[str, int]:
+    """Quantized nodes by type: linear ones with quantized weights, others that `target` fuses with the quantizers around them, operators
+    of graphq that compute on codes."""
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        if node.domain == ir.DOMAIN and node.op_type in ops.OPERATORS:
+            counts[node.op_type] += 1
+        if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        if node.op_type in linear.LINEAR_OPS:
+            found = _made_by(linear.weight_of(node), "DequantizeLinear")
+        elif node.op_type in target.ops:
+            uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
+            reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")
+            found = reads and bool(uses) and set(uses) == {"QuantizeLinear"}
+        else:
+            continue
+        counts[node.op_type] += found
+    return dict(+counts)
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> bool:
+    maker = ir.producer(value)
+    return maker is not None and maker.op_type == op_type

@@ -19,7 +19,6 @@ PLUGINS = ("sulq_softmax", "w4a16_gemm", "w4a8_gemm", "w8a8_gemm")
 """Folders with a module `plugin`."""
 
 
-@cache
 def register_plugins(arch: int | None = None) -> None:
     """Register the plugins of all kernels in TensorRT, for engines that are built in this process; needs torch, Triton and TensorRT.
 
@@ -31,5 +30,11 @@ def register_plugins(arch: int | None = None) -> None:
     """
     if arch is None:
         arch = importlib.import_module(f"{__name__}._plugin").device_arch()
+    _register(arch)
+
+
+@cache
+def _register(arch: int) -> None:
+    """TensorRT takes a name once."""
     for folder in PLUGINS:
         importlib.import_module(f"{__name__}.{folder}.plugin").register(arch)

@@ -100,6 +100,7 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
     edges = [(node, linear.data_index(node)) for node in plan.anchors]
     if attention:
         plan.products = [node for node in model.graph if _is_product(node, exclude)]
+        plan.skipped = [(node, reason) for node, reason in plan.skipped if node not in plan.products]
         plan.bits |= {node: default for node in plan.products}
         edges += [(node, index) for node in plan.products for index in (0, 1) if not _is_coded(node.inputs[index])]
     for node, index in edges:

@@ -56,8 +56,8 @@ def _build(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> None:
 
     shapes = {name: array.shape for name, array in feeds.items()}
     options = EngineOptions(shapes={name: tuple((size, size, size) for size in shape) for name, shape in shapes.items()})
-    engine, _ = tensorrt.build(Path(job["model"]), shapes, get_target(job["runtime"]), options)
-    Path(job["engine"]).write_bytes(engine)
+    built = tensorrt.build(Path(job["model"]), shapes, get_target(job["runtime"]), options)
+    Path(job["engine"]).write_bytes(built.engine)
 
 
 def _measure(job: dict[str, Any], feeds: dict[str, np.ndarray], answer: Callable[..., None]) -> None:

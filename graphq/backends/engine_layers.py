@@ -22,7 +22,7 @@ _LAYER = re.compile(
     r", TacticName: (?P<tactic>.*?), StreamId: .*?Metadata: (?P<metadata>.*)"
 )
 _TENSOR = re.compile(r"Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<dtype>\w+)")
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_NODE = "[ONNX Layer: "
 _TYPES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "FP8": "float8e4m3fn", "FP4E2M1": "float4e2m1"}
 _POINTWISE = frozenset({"kgen", "shape_call", "constant", "shuffle"})
 """Kinds of layers that do not multiply matrices, unless their name says so."""
@@ -30,7 +30,7 @@ _MULTIPLIES = re.compile(r"gemm|Fc|Conv|mha")
 _CHOSEN_LATER = "STUB"
 """In the name of a tactic: the kernel is picked where the engine is loaded."""
 _FLOATS = {"float": "float32", "double": "float64"}
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Gather"})
+_MOVES = frozenset({"Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Gather"})
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_plan(lines: Iterable[str]) -> list[Layer]:
 def _layer(match: re.Match[str]) -> Layer:
     return Layer(
         match["name"], match["kind"], _tensors(match["inputs"]), _tensors(match["constants"]), match["tactic"],
-        tuple(_NODE.findall(match["metadata"])),
+        tuple(part.rstrip().removesuffix("]") for part in match["metadata"].split(_NODE)[1:]),
     )  # fmt: skip
 
 

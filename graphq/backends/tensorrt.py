@@ -15,26 +15,20 @@ import importlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from graphq import ir
 from graphq.backends import engine_layers, files
+from graphq.backends.engine_shapes import LEAST, Input, Profile, Shape, profile
 from graphq.backends.tensorrt_log import log_of, make_monitor, words
 from graphq.calibration import CalibrationSet
 from graphq.editor import made_by
-from graphq.engines import AxisRange, EngineFacts, EngineOptions
+from graphq.engines import EngineFacts, EngineOptions
 from graphq.errors import TargetError, UsageError
 from graphq.pipeline import Progress, no_progress
 from graphq.targets import Target
-
-PROFILE_BATCH = (1, 8, 32)
-"""Samples at once that an engine is built for, where the batch is open: fewest, best, most."""
-
-PROFILE_LEAST = 1
-"""Smallest size of any other open axis; its best and its largest are the size of the data. Where the builder finds that the model
-cannot run at this size (an image smaller than a kernel), the smallest is the size of the data too."""
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module by target."""
@@ -45,17 +39,14 @@ DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 SHOWN = 3
 """Refusals of the parser that an error quotes."""
 
-Shape = tuple[int, ...]
-
 DEFAULT = EngineOptions()
-NO_RANGES: Mapping[str, tuple[AxisRange, ...]] = {}
 
 
 def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet, options: EngineOptions = DEFAULT,
                 progress: Progress = no_progress) -> EngineFacts:  # fmt: skip
     """Build an engine of `model`, write it to `out`, and say what the builder made of the model.
 
-    Open axes that `options` does not name get the ranges at the top of this module.
+    Open axes that `options` does not name get ranges by `graphq.backends.engine_shapes`.
 
     Raises:
         TargetError: the package is missing, its parser refuses a node, or its builder fails.
@@ -63,10 +54,21 @@ def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet
     """
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
     with _saved(_with_plugins(model, target) if options.plugins else model) as file:
-        engine, plan = build(file, shapes, target, options, progress, model)
+        built = build(file, shapes, target, options, progress, model)
     with files.pending(out) as part:
-        _write(part, engine)
-    return replace(engine_layers.facts(model, engine_layers.read_plan(plan)), options=options)
+        _write(part, built.engine)
+    found = engine_layers.facts(model, engine_layers.read_plan(built.plan))
+    return replace(found, options=options, shapes=built.profile.shapes, capped=built.profile.capped)
+
+
+def require_parsed(model: ir.Model, target: Target) -> None:
+    """Raises TargetError if the parser of `target` refuses `model`; says nothing where its package is not installed, or has no GPU."""
+    try:
+        refusals = parse(model, target)
+    except TargetError:
+        return
+    if refusals:
+        raise _refused(target, refusals)
 
 
 def parse(model: ir.Model, target: Target) -> list[str]:
@@ -78,9 +80,18 @@ def parse(model: ir.Model, target: Target) -> list[str]:
         return network.refusals(model)
 
 
+@dataclass(frozen=True)
+class Built:
+    """An engine as an object that can be read as bytes, the builder's lines about its layers, and the sizes that it was built for."""
+
+    engine: Any
+    plan: list[str]
+    profile: Profile
+
+
 def build(file: Path, shapes: Mapping[str, Shape], target: Target, options: EngineOptions = DEFAULT, progress: Progress = no_progress,
-          model: ir.Model | None = None) -> tuple[Any, list[str]]:  # fmt: skip
-    """A serialized engine of the model in `file`, as an object that can be read as bytes, and the builder's lines about its layers.
+          model: ir.Model | None = None) -> Built:  # fmt: skip
+    """An engine of the model in `file`.
 
     Args:
         file: An ONNX file; external data lies beside it.
@@ -93,28 +104,35 @@ def build(file: Path, shapes: Mapping[str, Shape], target: Target, options: Engi
         refusals = network.refusals(model)
         engine = None
         if not refusals:
-            engine = network.build(shapes, options, progress, PROFILE_LEAST)
-            if network.has_open_sizes and not network.log.stopped_by and (engine is None or network.log.has_bad_minimum):
+            sizes = profile(network.inputs, shapes, options.shapes, LEAST)
+            engine = network.build(sizes, options, progress)
+            if sizes.capped and not network.log.stopped_by and (engine is None or network.log.has_bad_minimum):
                 network.log.clear()
-                engine = network.build(shapes, options, progress, None)
+                sizes = profile(network.inputs, shapes, options.shapes, None)
+                engine = network.build(sizes, options, progress)
         plan = network.log.plan
     if refusals:
-        more = f" (and {len(refusals) - SHOWN} more)" if len(refusals) > SHOWN else ""
-        raise TargetError(
-            f"The parser of {target.name} refuses this model.", where="; ".join(refusals[:SHOWN]) + more,
-            expected=f"operators that {target.name} implements, quantized symmetrically to a type that it takes",
-            hint="export the model without this operator or with another opset, or choose another target, such as --target onnxruntime",
-        )  # fmt: skip
+        raise _refused(target, refusals)
     if network.log.stopped_by is not None:
         raise network.log.stopped_by
     if engine is None:
         reason = network.log.last_error
-        needs_gpu = f"{target.name} compiles here for the GPU of this machine and found none; " if "CUDA_SUCCESS" in reason else ""
+        needs_gpu = f"{target.name} needs a GPU for what was asked and found none; " if "CUDA_SUCCESS" in reason else ""
         raise TargetError(
             f"The builder of {target.name} failed.", where=reason,
-            hint=f"{needs_gpu}`--emit onnx --target {target.name}` writes the model that was to be built; report it with the message above",
+            hint=f"{needs_gpu}if the message does not tell what to change, report it with the model that "
+                 f"`--emit onnx --target {target.name}` writes",
         )  # fmt: skip
-    return engine, plan
+    return Built(engine, plan, sizes)
+
+
+def _refused(target: Target, refusals: list[str]) -> TargetError:
+    more = f" (and {len(refusals) - SHOWN} more)" if len(refusals) > SHOWN else ""
+    return TargetError(
+        f"The parser of {target.name} refuses this model.", where="; ".join(refusals[:SHOWN]) + more,
+        expected=f"operators that {target.name} implements, quantized symmetrically to a type that it takes",
+        hint="export the model without this operator or with another opset, or choose another target, such as --target onnxruntime",
+    )  # fmt: skip
 
 
 class Network:
@@ -137,8 +155,10 @@ class Network:
             ) from error  # fmt: skip
         self.definition: Any = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self.parser: Any = trt.OnnxParser(self.definition, self.log)
-        self.parsed = self.parser.parse_from_file(str(file))
-        self.inputs = [self.definition.get_input(index) for index in range(self.definition.num_inputs)]
+        with self.log.deferring_interrupts():
+            self.parsed = self.parser.parse_from_file(str(file))
+        tensors = [self.definition.get_input(index) for index in range(self.definition.num_inputs)]
+        self.inputs = [_input(tensor) for tensor in tensors]
 
     def __enter__(self) -> Self:
         return self
@@ -154,25 +174,20 @@ class Network:
         errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
         return [_refusal(error, model) for error in errors] or [self.log.last_error]
 
-    @property
-    def has_open_sizes(self) -> bool:
-        """Whether an axis other than the batch is open."""
-        return any(size == -1 and not self._is_batch(tensor, axis) for tensor in self.inputs for axis, size in enumerate(tensor.shape))
-
-    def build(self, shapes: Mapping[str, Shape], options: EngineOptions, progress: Progress, least: int | None) -> Any:
-        """The engine, or None with the reason in the log; `least` as `PROFILE_LEAST`, None for the size of the data."""
+    def build(self, sizes: Profile, options: EngineOptions, progress: Progress) -> Any:
+        """The engine, or None with the reason in the log."""
         config = self.builder.create_builder_config()
         monitor = make_monitor(self.trt, progress, self.log)  # the config does not keep it alive
         config.progress_monitor = monitor
         config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
         self._configure(config, options)
-        ranges = self.ranges(shapes, least, options.shapes)
-        if ranges:
-            profile = self.builder.create_optimization_profile()
-            for name, axes in ranges.items():
-                profile.set_shape(name, *zip(*axes, strict=True))
-            config.add_optimization_profile(profile)
-        engine = self.builder.build_serialized_network(self.definition, config)
+        if sizes.shapes:
+            entry = self.builder.create_optimization_profile()
+            for name, axes in sizes.shapes.items():
+                entry.set_shape(name, *zip(*axes, strict=True))
+            config.add_optimization_profile(entry)
+        with self.log.deferring_interrupts():
+            engine = self.builder.build_serialized_network(self.definition, config)
         if options.timing_cache is not None and engine is not None:
             with files.pending(options.timing_cache) as part:
                 _write(part, config.get_timing_cache().serialize())
@@ -198,32 +213,10 @@ class Network:
             known_times = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
             config.set_timing_cache(config.create_timing_cache(known_times), False)
 
-    def ranges(self, shapes: Mapping[str, Shape], least: int | None, given: Mapping[str, tuple[AxisRange, ...]] = NO_RANGES
-               ) -> dict[str, list[AxisRange]]:  # fmt: skip
-        """Range of each axis of the inputs with open axes; what is `given` goes before what the data says."""
-        for name, axes in given.items():
-            _check_range(name, axes, {tensor.name: tuple(tensor.shape) for tensor in self.inputs})
 
-        def axis_range(tensor: Any, axis: int, size: int) -> AxisRange:
-            if tensor.name in given:
-                return given[tensor.name][axis]
-            if size != -1:
-                return size, size, size
-            if self._is_batch(tensor, axis):
-                return PROFILE_BATCH
-            seen = shapes[tensor.name][axis]
-            return (seen if least is None else min(least, seen)), seen, seen
-
-        return {
-            tensor.name: [axis_range(tensor, axis, size) for axis, size in enumerate(tensor.shape)]
-            for tensor in self.inputs
-            if -1 in tuple(tensor.shape)
-        }
-
-    def _is_batch(self, tensor: Any, axis: int) -> bool:
-        """Whether an axis is the first, or has the symbol of an input's open first axis."""
-        firsts = {entry.get_dimension_name(0) for entry in self.inputs if tuple(entry.shape)[:1] == (-1,)} - {None, ""}
-        return axis == 0 or tensor.get_dimension_name(axis) in firsts
+def _input(tensor: Any) -> Input:
+    shape = tuple(tensor.shape)
+    return Input(tensor.name, shape, tuple(tensor.get_dimension_name(axis) or None for axis in range(len(shape))))
 
 
 def _with_plugins(model: ir.Model, target: Target) -> ir.Model:
@@ -239,20 +232,6 @@ def _with_plugins(model: ir.Model, target: Target) -> ir.Model:
             hint="pip install 'graphq[kernels]', or leave out --engine plugins",
         ) from error  # fmt: skip
     return bound
-
-
-def _check_range(name: str, axes: tuple[AxisRange, ...], inputs: Mapping[str, Shape]) -> None:
-    """Refuse a range for an input that is not there, or that its shape does not have."""
-    shape = inputs.get(name)
-    fits = shape is not None and len(axes) == len(shape) and all(
-        1 <= low <= best <= high and (size == -1 or low == high == size) for (low, best, high), size in zip(axes, shape, strict=True)
-    )
-    if not fits:
-        known = ", ".join(f"{entry}={'x'.join('?' if size == -1 else str(size) for size in sizes)}" for entry, sizes in inputs.items())
-        raise UsageError(
-            "A shape range does not fit the model.", where=f"{name}={'x'.join(':'.join(map(str, axis)) for axis in axes)}",
-            expected=f"{known}, with fewest:best:most for each ?", hint="such as input=1:8:32x3x224x224",
-        )  # fmt: skip
 
 
 def _load(target: Target) -> Any:

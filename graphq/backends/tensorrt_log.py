@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +52,21 @@ def _make_log(trt: Any) -> Any:
                     self.plan += message.splitlines()
             except BaseException as error:  # Ctrl-C arrives in whatever Python code runs next
                 self.stopped_by = self.stopped_by or error
+
+        @contextmanager
+        def deferring_interrupts(self) -> Iterator[None]:
+            """Let Ctrl-C end up in `stopped_by`: raised inside a callback, it would be printed and dropped by the bindings."""
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            before = signal.signal(signal.SIGINT, self._interrupt)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+        def _interrupt(self, number: int, frame: object) -> None:
+            self.stopped_by = self.stopped_by or KeyboardInterrupt()
 
         @property
         def last_error(self) -> str:

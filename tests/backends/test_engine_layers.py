@@ -50,6 +50,11 @@ def test_a_line_is_read() -> None:
     assert read_plan(["Layers:", "nothing of interest", INT8]) == [layer]
 
 
+def test_names_may_hold_brackets() -> None:
+    (layer,) = read_plan([INT8.replace("[ONNX Layer: fc]", "[ONNX Layer: blocks[0]/fc]")])
+    assert layer.nodes == ("blocks[0]/fc", "xd")
+
+
 @pytest.mark.parametrize(("lines", "got", "unfused"), [
     ([INT8], "int8 x int8", ()), ([], "", ()), ([INT8, GELU], "int8 x int8", ()),
     ([UNPACK, LOST], "int8 x float32", ("xd", "wd")), ([LOST, UNPACK], "int8 x float32", ("xd", "wd")),

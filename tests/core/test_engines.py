@@ -23,6 +23,8 @@ def test_options_and_shapes() -> None:
 @pytest.mark.parametrize(("texts", "shapes", "said"), [
     (["spars"], [], "did you mean 'sparse'"), (["level=6"], [], "level=6"), (["level=high"], [], "level=high"),
     (["compute_capability=89"], [], "compute_capability"), (["shapes=1"], [], "engine option"),
+    (["level"], [], "level=3"), (["sparse=1"], [], "takes no value"), (["timing_cache="], [], "needs a value"),
+    (["level=1", "level=2"], [], "given twice"), ([], ["x=1", "x=2"], "given twice"),
     ([], ["input"], "input=1:8:32x3x224x224"), ([], ["input=1:8x3"], "fewest:best:most"), ([], ["=3"], "NAME="),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(texts: list[str], shapes: list[str], said: str) -> None:

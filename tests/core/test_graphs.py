@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import graphq
+from graphq import graphs
 from graphq.errors import UsageError
 from graphq.models import digits, onnx_path
 
@@ -35,6 +36,14 @@ def test_a_graph_of_graphsurgeon_comes_back_as_one() -> None:
     assert sum(node.op == "QuantizeLinear" for node in made.nodes) > 10
     inside = {int(codes.dtype == np.int8) for codes in made.tensors().values() if isinstance(codes, gs.Constant)}
     assert inside == {0, 1} and sum(report.quantized.values()) > 20
+
+
+def test_a_model_too_large_for_protobuf_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 1000)
+    proto = onnx.load(onnx_path("digits_cnn"))
+    before = proto.SerializeToString()
+    made, _ = graphq.convert_graph(proto, recipe="int8-weight-only", calib=CALIB)
+    assert proto.SerializeToString() == before and onnx.checker.check_model(made) is None
 
 
 @pytest.mark.parametrize("graph", ["model.onnx", Path("model.onnx"), None])

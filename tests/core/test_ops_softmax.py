@@ -114,8 +114,8 @@ def test_tensorrt_rtx_builds_the_bodies(name: str, dtype: Any, tmp_path: Path) -
     operands = {"x": x, "params": params, "packed": packed, "levels": np.ones(16, np.float32), "v": np.zeros((2, 3, 9, 8), dtype)}
     feeds = {key: operands[key] for key in OPERATORS[name].inputs}
     onnx.save(calling(name, feeds), tmp_path / "m.onnx")
-    engine, _ = tensorrt.build(tmp_path / "m.onnx", {key: array.shape for key, array in feeds.items()}, get_target("tensorrt-rtx"))
-    assert memoryview(engine).nbytes > 0
+    built = tensorrt.build(tmp_path / "m.onnx", {key: array.shape for key, array in feeds.items()}, get_target("tensorrt-rtx"))
+    assert memoryview(built.engine).nbytes > 0
 
 
 def test_softmax_is_the_textbook_one_and_zero_where_all_is_masked() -> None:

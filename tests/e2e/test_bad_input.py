@@ -229,6 +229,25 @@ def test_an_engine_for_a_runtime_without_engines(refused: Callable[..., str]) ->
     assert "no engines" in refused(code=2, emit="engine")
 
 
+def test_a_result_named_after_something_else(refused: Callable[..., str], folder: Path) -> None:
+    message = refused(code=2, emit="engine", target="tensorrt-rtx")
+    assert "that of an ONNX model" in message and ".engine" in message
+    assert "that of an engine" in refused(code=2, out=folder / "out" / "small.engine")
+
+
+def test_engine_options_without_an_engine(refused: Callable[..., str]) -> None:
+    assert "no engine to build" in refused(code=2, engine="sparse", target="tensorrt-rtx")
+
+
+def test_a_speed_that_cannot_be_measured(refused: Callable[..., str]) -> None:
+    assert "graphq bench" in refused(code=2, gate="min_speedup=1.2", target="generic")
+
+
+def test_an_engine_is_no_model(refused: Callable[..., str], folder: Path) -> None:
+    (folder / "m.engine").write_bytes(b"vtrt" + bytes(100))
+    assert "TensorRT engine, not an ONNX model" in refused(model=folder / "m.engine")
+
+
 def test_unknown_preprocessing(refused: Callable[..., str]) -> None:
     assert "imagenet" in refused(preprocess="imagenot")
 

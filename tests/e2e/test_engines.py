@@ -11,7 +11,9 @@ import pytest
 from onnx import numpy_helper
 
 import graphq
+from graphq import ir
 from graphq.engines import EngineOptions
+from graphq.errors import TargetError, VerifyError
 from graphq.models import digits, onnx_path
 from graphq.recipe import parse_recipe
 
@@ -91,3 +93,43 @@ def test_sparse_and_integer_weights_in_one_engine(tmp_path: Path) -> None:
     assert report.engine is not None and report.engine.options.sparse and report.engine.sparse_kernels is None
     assert report.engine.counts["int8 x int8"] >= 17 and not report.engine.unfused
     assert report.engine.not_run or report.engine.sqnr_db
+
+
+NONZERO = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 4] x) => (float[n, 3] y, int64[2, k] z)
+    <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}> { y = MatMul(x, w) [found] z = NonZero(x) }"""
+
+
+@pytest.mark.parametrize("emit", ["onnx", "engine"])
+def test_what_the_parser_refuses_is_refused_before_calibration(emit: str, tmp_path: Path) -> None:
+    """By the parser itself, where it is installed, for files that are only meant for it as well."""
+    ir.save(ir.from_onnx_text(NONZERO), tmp_path / "m.onnx")
+    seen: list[str] = []
+    with pytest.raises(TargetError, match="parser of tensorrt-rtx refuses") as caught:
+        graphq.convert(tmp_path / "m.onnx", tmp_path / f"out.{emit}", calib={"x": np.ones((16, 4), np.float32)}, target="tensorrt-rtx",
+                       emit=emit, progress=lambda what, done, total: seen.append(what))  # fmt: skip
+    assert "NonZero 'found'" in caught.value.where and "calibrate" not in seen and [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_size_that_somebody_asks_for_holds_for_engines(tmp_path: Path) -> None:
+    """Code makes a small engine larger than the model; only a limit that is stated refuses that."""
+    arguments = {"calib": {"input": digits.calibration(16)}, "target": "tensorrt-rtx", "emit": "engine", "recipe": "fp16"}
+    report = graphq.convert(onnx_path("digits_cnn"), tmp_path / "m.engine", **arguments)
+    assert report.output.bytes > report.model.bytes
+    with pytest.raises(VerifyError, match="max_size_ratio is 1, measured"):
+        graphq.convert(onnx_path("digits_cnn"), tmp_path / "n.engine", limits={"max_size_ratio": 1.0}, **arguments)
+    assert not (tmp_path / "n.engine").exists()
+
+
+def test_sizes_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    model = onnx.load(onnx_path("digits_cnn"))
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "hw"
+    model.graph.ClearField("value_info")
+    onnx.save(model, tmp_path / "open.onnx")
+    arguments = {"calib": {"input": digits.calibration(16)}, "target": "tensorrt-rtx", "emit": "engine", "recipe": "fp16"}
+    report = graphq.convert(tmp_path / "open.onnx", tmp_path / "m.engine", **arguments)
+    assert report.engine is not None and report.engine.shapes["input"][2][2] == 32
+    assert any("no more than the calibration data has in input axis 2 (hw)" in note for note in report.notes)
+    asked = {"input": ((1, 2, 4), (1, 1, 1), (32, 32, 64), (32, 32, 64))}
+    report = graphq.convert(tmp_path / "open.onnx", tmp_path / "m.engine", engine={"shapes": asked}, **arguments)
+    assert report.engine is not None and report.engine.shapes == asked and not report.engine.capped

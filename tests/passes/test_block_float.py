@@ -143,6 +143,6 @@ def test_what_the_builder_makes_of_it(kind: FormatName, got: str, tmp_path: Path
     """4-bit kernels for NVFP4, from plain Q/DQ; TensorRT-RTX 1.7 takes MXFP8 too, but computes in floats."""
     model, feeds, _ = converted("tensorrt-rtx", format=kind)
     ir.save(model, tmp_path / "m.onnx")
-    _, plan = tensorrt.build(tmp_path / "m.onnx", {"x": feeds["x"].shape}, get_target("tensorrt-rtx"))
-    nodes = {node.node: node for node in facts(model, read_plan(plan)).nodes}
+    built = tensorrt.build(tmp_path / "m.onnx", {"x": feeds["x"].shape}, get_target("tensorrt-rtx"))
+    nodes = {node.node: node for node in facts(model, read_plan(built.plan)).nodes}
     assert nodes["first"].got == nodes["second"].got == got
