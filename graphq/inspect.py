@@ -18,6 +18,7 @@ from graphq.data import open_data
 from graphq.errors import GraphqError, ModelError, RecipeError
 from graphq.executor import Executor, Fetch
 from graphq.pipeline import Pass, PassContext
+from graphq.qdq import has_small_floats
 from graphq.report import FileFacts, OutputComparison, file_facts
 from graphq.targets import TARGETS, Target, get_target, violations
 
@@ -219,7 +220,7 @@ def compare_files(a: str | Path, b: str | Path, data: str | Path | None = None, 
     names = _shared_values(first, second) if layers else _shared_outputs(first, second, f"{a} and {b}")
     calibration = open_data(data, second, preprocess, seed).take(samples)  # the second may remember its preprocessing
     fetches = [Fetch(name) for name in names]
-    reference, result = (Executor(model, fetches, deployed=not layers and not half.has_half(model)) for model in (first, second))
+    reference, result = (Executor(model, fetches, deployed=not (layers or half.has_half(model) or has_small_floats(model))) for model in (first, second))
     found = verify.compare(reference, result, calibration, names)
     if layers:
         found = tuple(replace(one, top1_agreement=None) for one in sorted(found, key=lambda one: one.sqnr_db))

@@ -178,6 +178,12 @@ def spec_for_weight(node: ir.Node, spec: QuantSpec, group_size: int | None = Non
     return replace(spec, granularity=PerAxis(linear.out_axis(node)))
 
 
+def has_small_floats(model: ir.Model) -> bool:
+    """Whether anything is quantized to floats of 8 or 4 bits, for which ONNX Runtime's CPU has no kernels: its optimizer fails on them."""
+    kinds = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}
+    return any(node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in kinds for node in model.graph)
+
+
 def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
     """Bytes of the quantized weights as float32, and as stored with their scales and zero points."""
     before, after = 0, 0

@@ -15,6 +15,7 @@ import pytest
 from graphq import ir, kernels_used, linear, report
 from graphq.convert import convert
 from graphq.gates import Gates
+from graphq.inspect import compare_files
 from graphq.models import digits, onnx_path
 from graphq.recipe import Recipe, builtin_recipes, load_recipe
 from graphq.report import Report
@@ -109,6 +110,8 @@ def test_small_floats(folder: Path, model: str, name: str) -> None:
     assert 0 < found.weight_bytes_after <= share * found.weight_bytes_before
     made = [node.inputs[0] for node in ir.load(out).graph if node.op_type == "DequantizeLinear"]
     assert kind in {str(value.dtype) for value in made if value is not None and value.is_initializer()}
+    (again,), _ = compare_files(onnx_path(model), out, folder / "calib.npz")
+    assert again.cosine > 0.99
 
 
 def test_4_bit_weights_for_plugins(folder: Path) -> None:
