@@ -220,7 +220,8 @@ def compare_files(a: str | Path, b: str | Path, data: str | Path | None = None, 
     names = _shared_values(first, second) if layers else _shared_outputs(first, second, f"{a} and {b}")
     calibration = open_data(data, second, preprocess, seed).take(samples)  # the second may remember its preprocessing
     fetches = [Fetch(name) for name in names]
-    reference, result = (Executor(model, fetches, deployed=not (layers or half.has_half(model) or has_small_floats(model))) for model in (first, second))
+    defined = any(layers or half.has_half(model) or has_small_floats(model) for model in (first, second))
+    reference, result = (Executor(model, fetches, deployed=not defined) for model in (first, second))
     found = verify.compare(reference, result, calibration, names)
     if layers:
         found = tuple(replace(one, top1_agreement=None) for one in sorted(found, key=lambda one: one.sqnr_db))
