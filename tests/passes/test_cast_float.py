@@ -341,6 +341,18 @@ QUANTIZERS = {"int8": (InsertQdq(),), "int8 weights": (QuantizeWeights(bits=8),)
 
 
 @BOTH
+@pytest.mark.parametrize("opset", [20, 23, 24])
+def test_no_cast_goes_between_a_quantizer_and_its_product(opset: int, precision: str) -> None:
+    """From opset 23 on, the definition of DequantizeLinear leaves open what it makes; without `output_dtype` it is the type of its scale."""
+    proto = onnx.version_converter.convert_version(onnx.load(onnx_path("digits_vit")), opset)
+    model, record = cast(proto, {"input": digits.calibration(32)}, InsertQdq(), precision=precision, target="generic")
+    makers = [ir.producer(value) for node in model.graph if node.op_type in ("MatMul", "Gemm") for value in node.inputs[:2]]
+    assert sum(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers) >= 34
+    assert not any(maker is not None and maker.op_type == "Cast" for maker in makers) and casts(model) <= 2
+    assert not any(row.startswith("DequantizeLinear") for row, _ in record.skipped)
+
+
+@BOTH
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "onnxruntime"])
 @pytest.mark.parametrize("case", QUANTIZERS)
 def test_quantizers_are_typed_like_the_floats_around_them(case: str, target: str, precision: str) -> None:
