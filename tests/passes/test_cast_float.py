@@ -328,6 +328,15 @@ def test_nothing_to_do_is_an_error() -> None:
         cast(layers("b = Relu(a)"), {"x": floats(8, 8)}, exclude=("MatMul", "Relu"))
 
 
+def test_a_newer_opset_alone_is_nothing_done() -> None:
+    """bfloat16 needs opset 22, which is no effect of its own: the rest would be lost on a model that gets larger by it."""
+    identity = build("g (float[N, 8] x) => (float[N, 8] y) { y = Identity(x) }", opset=17)
+    with pytest.raises(RecipeError, match="changed nothing"):
+        cast(identity, {"x": floats(8, 8)}, precision="bf16")
+    with pytest.raises(RecipeError, match=r"changed nothing(.|\n)*number 3 of 3"):
+        cast(layers("b = Relu(a)"), {"x": floats(8, 8)}, CastFloat(), precision="bf16")
+
+
 def test_refusals() -> None:
     with pytest.raises(TargetError, match=r"does not run bfloat16(.|\n)*precision: fp16"):
         cast(layers("b = Relu(a)"), {"x": floats(8, 8)}, precision="bf16", target="onnxruntime")
@@ -343,7 +352,7 @@ QUANTIZERS = {"int8": (InsertQdq(),), "int8 weights": (QuantizeWeights(bits=8),)
 @BOTH
 @pytest.mark.parametrize("opset", [20, 23, 24])
 def test_no_cast_goes_between_a_quantizer_and_its_product(opset: int, precision: str) -> None:
-    """From opset 23 on, the definition of DequantizeLinear leaves open what it makes; without `output_dtype` it is the type of its scale."""
+    """From opset 23 on, a DequantizeLinear makes what its attribute says, and without that the type of its scale."""
     proto = onnx.version_converter.convert_version(onnx.load(onnx_path("digits_vit")), opset)
     model, record = cast(proto, {"input": digits.calibration(32)}, InsertQdq(), precision=precision, target="generic")
     makers = [ir.producer(value) for node in model.graph if node.op_type in ("MatMul", "Gemm") for value in node.inputs[:2]]
