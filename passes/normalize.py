@@ -44,6 +44,7 @@ class Normalize(Pass):
 
     name: ClassVar[str] = "normalize"
     idle_is_fine: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
 
     fold_limit: Annotated[int, Field(ge=0)] = 1 << 20

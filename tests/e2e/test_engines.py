@@ -66,6 +66,17 @@ def test_half_precision(name: str, case: str, tmp_path: Path) -> None:
     assert report.engine is not None and report.engine.counts[types] >= least[name == "digits_cnn"]
 
 
+def test_an_export_in_float16(tmp_path: Path) -> None:
+    """Recipe fp16 changes nothing in it, and the engine is built."""
+    text = '<ir_version: 10, opset_import: ["" : 17]> g (float16[n, 64] x) => (float16[n, 64] y) { h = MatMul(x, w) y = Relu(h) }'
+    model, weight = onnx.parser.parse_model(text), np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    report = graphq.convert(tmp_path / "m.onnx", tmp_path / "m.engine", recipe="fp16", calib={"x": weight}, target="tensorrt-rtx",
+                            emit="engine")  # fmt: skip
+    assert report.engine is not None and report.engine.counts == {"float16 x float16": 1} and not report.passes[-1].edits
+
+
 @pytest.mark.parametrize("opset", [20, 23])
 def test_integer_kernels_with_float16_between_them_at_any_opset(opset: int, tmp_path: Path) -> None:
     """A Cast between a DequantizeLinear and its product leaves no integer kernel."""

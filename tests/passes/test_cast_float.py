@@ -328,6 +328,33 @@ def test_nothing_to_do_is_an_error() -> None:
         cast(layers("b = Relu(a)"), {"x": floats(8, 8)}, exclude=("MatMul", "Relu"))
 
 
+EXPORTS = {
+    "all": "g (float16[N, 8] x) => (float16[N, 8] y) { a = MatMul(x, w) y = Relu(a) }",
+    "inside": "g (float[N, 8] x) => (float[N, 8] y) { h = Cast <to = 10> (x) a = MatMul(h, w) r = Relu(a) y = Cast <to = 1> (r) }",
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_an_export_in_float16_is_left_as_it_is(case: str) -> None:
+    """Whoever builds an engine of one takes the recipe fp16; bf16 is refused, as it would change nothing."""
+    proto, x = build(EXPORTS[case], w=floats(8, 8).astype(np.float16)), floats(16, 8)
+    feeds = {"x": x.astype(np.float16) if case == "all" else x}
+    model, record = quantize(proto, feeds, CastFloat(), target="tensorrt-rtx")
+    (reason,) = [why for where, why in record.skipped if where == "the model"]
+    assert not record.edits and "float16 already" in reason
+    assert [node.op_type for node in model.graph] == [node.op_type for node in proto.graph.node]
+    with pytest.raises((TargetError, RecipeError), match="nothing in float32|changed nothing"):
+        quantize(proto, feeds, CastFloat(precision="bf16"), target="tensorrt-rtx")
+
+
+def test_a_model_of_integers_is_refused() -> None:
+    proto, feeds = build("g (int64[N, 8] x) => (int64[N, 8] y) { y = Add(x, x) }"), {"x": np.ones((8, 8), np.int64)}
+    with pytest.raises(TargetError, match="nothing in float32"):
+        quantize(proto, feeds, CastFloat(), target="tensorrt-rtx")
+    _, record = quantize(proto, feeds, CastFloat(allow_no_effect=True), target="tensorrt-rtx")
+    assert record.skipped == (("the model", "nothing in it is float32"),)
+
+
 def test_a_newer_opset_alone_is_nothing_done() -> None:
     """bfloat16 needs opset 22, which is no effect of its own: the rest would be lost on a model that gets larger by it."""
     identity = build("g (float[N, 8] x) => (float[N, 8] y) { y = Identity(x) }", opset=17)
