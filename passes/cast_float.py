@@ -73,7 +73,7 @@ class CastFloat(Pass):
         if self.precision == "bf16":
             ctx.edit.raise_opset(BFLOAT16_OPSET)
         least = LEAST_SQNR_DB[self.precision] if self.min_sqnr_db is None else self.min_sqnr_db
-        masks.saturate(ctx, half, self.margin)
+        masks.saturate(ctx, half, margin=self.margin, min_sqnr_db=least, samples=self.error_samples)
         plan = planning.make_plan(ctx, half, exclude=self.exclude, margin=self.margin, min_sqnr_db=least, samples=self.error_samples)
         casts = _write(plan, half, ctx)
         if not plan.half and half.code in found:  # float32 remains where whoever exported it wanted it
