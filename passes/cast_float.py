@@ -16,6 +16,7 @@ from graphq.half import BFLOAT16_OPSET, HALVES, Half
 from graphq.passes import _cast_float_masks as masks
 from graphq.passes import _cast_float_plan as planning
 from graphq.passes._cast_float_plan import Plan
+from graphq.passes._shapes import infer_shapes
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -67,6 +68,7 @@ class CastFloat(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        infer_shapes(ctx)  # passes before it leave types of what they made open
         half, found = HALVES[self.precision], _types(model)
         if not found & {ir.DataType.FLOAT, None}:
             return ctx.nothing_to_do(f"it is {half.storage} already" if half.code in found else "nothing in it is float32")

@@ -24,6 +24,7 @@ from graphq.half import HALVES
 from graphq.models import digits, onnx_path
 from graphq.noise import decibel
 from graphq.passes import _cast_float_math as math
+from graphq.passes.block_float import BlockFloat
 from graphq.passes.cast_float import CastFloat
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.normalize import Normalize
@@ -400,6 +401,20 @@ def test_refusals() -> None:
 # ---- with quantizers ------------------------------------------------------------------------------------------------
 
 QUANTIZERS = {"int8": (InsertQdq(),), "int8 weights": (QuantizeWeights(bits=8),), "int4 blocks": (QuantizeWeights(bits=4, group_size=32),)}
+
+
+@BOTH
+def test_what_passes_make_without_stating_types(precision: str) -> None:
+    """The activation's way through blocks of MXFP8: a dozen nodes, half but for what float16 cannot hold (a floor of 2 to the -100)."""
+    proto, x = layers("b = Relu(a)", width=32), floats(16, 32)
+    model, record = cast(proto, {"x": x}, BlockFloat(format="mxfp8"), precision=precision)
+    assert not any("not known" in reason for _, reason in record.skipped)
+    assert casts(model) <= (4 if precision == "fp16" else 2)
+    blocks = [node.inputs[0].dtype for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert len(blocks) == 2 and HALVES[precision].code in blocks
+    plain = quantize(proto, {"x": x}, BlockFloat(format="mxfp8"), target="tensorrt-rtx")[0]
+    expected, block, both = (run(made, {"x": x}) for made in (proto, plain, model))
+    assert sqnr(expected, both) > sqnr(expected, block) - (0.5 if precision == "fp16" else 1.5)
 
 
 @BOTH
