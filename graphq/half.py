@@ -85,6 +85,8 @@ def slots(node: ir.Node, opset: int, half: Half) -> Slots | str:
     made = [(index, _formal(schema.outputs, index)) for index, value in enumerate(node.outputs) if value.dtype == wide]
     inputs = [(index, formal) for index, formal in given if named in formal.types]
     tied = {formal.type_str for _, formal in inputs}
+    if node.op_type == "DequantizeLinear" and not ir.attribute(node, "output_dtype", 0):  # from opset 23 on its definition does not say so
+        tied |= {schema.outputs[0].type_str} if 1 in dict(inputs) else set()
     unnamed = f"it has no {half.storage} form in opset {opset}"
     for index, formal in made:
         if named not in formal.types:

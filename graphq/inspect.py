@@ -189,10 +189,12 @@ def _recipe_fits(model: ir.Model, target: Target, nodes: tuple[LinearNode, ...])
     from graphq.recipe import builtin_recipes, load_recipe
 
     for name in builtin_recipes():
-        reason = None if any(node.refusal is None for node in nodes) else _no_node(nodes)
+        passes = load_recipe(name).passes
+        fits = any(node.refusal is None for node in nodes) or not any(one.needs_weights for one in passes)
+        reason = None if fits else _no_node(nodes)
         if reason is None:
             try:
-                for one in load_recipe(name).passes:
+                for one in passes:
                     one.precheck(model, target)
             except GraphqError as error:
                 reason = error.what

@@ -83,6 +83,7 @@ class PassContext:
     edit: Editor = field(init=False)
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    is_idle: bool = False
     _stats: dict[Observer, tuple[int, Stat]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,6 +101,11 @@ class PassContext:
     def skip(self, node: ir.Node, reason: str) -> None:
         """Refuse a node: its reason ends in the report."""
         self.skipped.append((ir.describe(node), reason))
+
+    def nothing_to_do(self, reason: str) -> None:
+        """The model is what the pass would make of it: that nothing changes is no error then, and the reason ends in the report."""
+        self.skipped.append(("the model", reason))
+        self.is_idle = True
 
     def observe(self, observers: Iterable[Observer]) -> Mapping[Observer, Stat]:
         """Statistics over the calibration set, in one run of each model that is tapped.
@@ -194,6 +200,8 @@ class Pass(ABC):
     """Whether the model computes the same after it: such passes at the head of a recipe change the reference too."""
     needs_data: ClassVar[bool] = False
     """Whether it reads calibration data."""
+    needs_weights: ClassVar[bool] = True
+    """Whether it is for nodes with constant float32 weights, so that a model without them is not for it."""
 
     allow_no_effect: bool = False
 
@@ -234,7 +242,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         if stale and not exact:
             ctx.rebase()
             stale = False
-        ctx.measurements, ctx.skipped, ctx.edit.author = [], [], one.name
+        ctx.measurements, ctx.skipped, ctx.is_idle, ctx.edit.author = [], [], False, one.name
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
             one.apply(ctx.model, ctx)
@@ -245,7 +253,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         except GraphqError as error:
             error.add_note(f"  pass: {one.name}, number {index + 1} of {len(passes)}")
             raise
-        if not edits and not (one.idle_is_fine or one.allow_no_effect):
+        has_effect = bool(edits.keys() - {"opset"})  # a newer opset alone serves nobody
+        if not (has_effect or one.idle_is_fine or one.allow_no_effect or ctx.is_idle):
             raise RecipeError(
                 f"Pass {one.name!r} changed nothing.", where=f"number {index + 1} of {len(passes)}",
                 expected="at least one node that it applies to",

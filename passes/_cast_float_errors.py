@@ -54,6 +54,18 @@ def effects(
     return found
 
 
+def change(model: ir.Model, other: ir.Model, data: CalibrationSet) -> float:
+    """Signal over noise in dB of the float outputs of `other` against those of `model`, the worst of them."""
+    names = [value.name or "" for value in model.graph.outputs if value.dtype == ir.DataType.FLOAT]
+    if not names:
+        return np.inf
+    executors, totals = [Executor(one, [Fetch(name) for name in names], prepack=False) for one in (model, other)], np.zeros((len(names), 2))
+    for batch in data.batches(data.fixed_batch or BATCH):
+        plains, changed = (one.run(batch) for one in executors)
+        totals += [(_power(a), _power(b - a)) for a, b in zip(plains, changed, strict=True)]
+    return min(decibel(power, noise) for power, noise in totals)
+
+
 def _smooth(model: ir.Model) -> ir.Model:
     """The model without the quantizers of its activations."""
     copy = ir.clone(model)

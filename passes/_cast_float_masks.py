@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from graphq import ir
+from graphq.editor import Editor
 from graphq.half import Half, slots
 from graphq.observers import Range
+from graphq.passes import _cast_float_errors as errors
 from graphq.pipeline import PassContext
 
 ENOUGH = 8
@@ -30,8 +32,12 @@ class _Paths:
     others: set[ir.Value] = field(default_factory=set)
 
 
-def saturate(ctx: PassContext, half: Half, margin: float) -> None:
-    """Shorten the constants all of whose ways end in a Softmax, if the data shows that they still mask."""
+def saturate(ctx: PassContext, half: Half, *, margin: float, min_sqnr_db: float, samples: int) -> None:
+    """Shorten the constants all of whose ways end in a Softmax, if the data shows that they still mask.
+
+    A row that is masked everywhere is an average in float32, which loses the scores beside so large a number, and a softmax of the
+    scores afterwards. Such constants stay, and so does a mask that changes the outputs of `samples` by more than `min_sqnr_db` allows.
+    """
     limit = -half.limit / (2 * margin)  # two masks may be added
     found = {value: paths for value in _candidates(ctx.model, 2 * limit) if (paths := _follow(value, half, ir.opset(ctx.model)))}
     if not found or -limit < ZERO:
@@ -51,9 +57,31 @@ def saturate(ctx: PassContext, half: Half, margin: float) -> None:
         fits = all(0 <= span(factor)[0] and span(factor)[1] <= 1 for factor in paths.factors)
         scores = max((abs(end) for other in paths.others - masks for end in span(other)), default=0.0)
         array = ir.constant(value)
-        if fits and ENOUGH * scores <= -limit and array is not None:
-            ctx.edit.replace(value, ctx.edit.initializer(f"{value.name}_mask", np.maximum(array, np.float32(limit))))
-            ctx.measure(value.name or "", mask_before=float(array.min()), mask_after=limit)
+        if not fits or ENOUGH * scores > -limit or array is None:
+            continue
+        reason, reader = _loss(ctx, value, array, limit, min_sqnr_db, samples), ir.uses(value)[0].node
+        if reason is not None:
+            ctx.skip(reader, reason)
+            continue
+        _shorten(ctx.edit, value, array, limit)
+        ctx.measure(value.name or "", mask_before=float(array.min()), mask_after=limit)
+
+
+def _shorten(edit: Editor, value: ir.Value, array: np.ndarray, limit: float) -> None:
+    edit.replace(value, edit.initializer(f"{value.name}_mask", np.maximum(array, np.float32(limit))))
+
+
+def _loss(ctx: PassContext, value: ir.Value, array: np.ndarray, limit: float, min_sqnr_db: float, samples: int) -> str | None:
+    """Why the mask `value` must stay."""
+    is_added = any(use.node.op_type == "Add" for use in ir.uses(value))  # a Where puts it in the place of the scores
+    if is_added and array.shape[-1:] > (1,) and (array.max(axis=-1) <= limit).any():
+        return f"a row of {value.name} masks everything, which only float32 makes an average"
+    if not samples:
+        return None
+    copy = ir.clone(ctx.model)
+    _shorten(Editor(copy), copy.graph.initializers[value.name or ""], array, limit)
+    sqnr_db = errors.change(ctx.model, copy, ctx.calib.take(samples))
+    return None if sqnr_db >= min_sqnr_db else f"as {limit:.3g}, {value.name} alone would leave {sqnr_db:.1f} dB of the outputs"
 
 
 def _candidates(model: ir.Model, limit: float) -> Iterator[ir.Value]:

@@ -221,6 +221,8 @@ def _error(sqnr_db: float, least: float, half: Half) -> str | None:
 def _settle(plan: Plan, ctx: PassContext) -> None:
     """Leave in float32 what would cost more Casts than it saves."""
     nodes = [node for node in ctx.model.graph if node in plan.half or node in plan.kept]
+    if not plan.half:
+        return
     numbers = {node: index for index, node in enumerate(nodes)}
     wires: dict[ir.Value, Wire] = {}
     for node in nodes:

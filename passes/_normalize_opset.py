@@ -1,4 +1,4 @@
-"""Steps of normalize that ask onnx: shape inference, and raising the operator set with a check that nothing was left behind."""
+"""The step of normalize that raises the operator set, with a check that nothing was left behind."""
 
 from __future__ import annotations
 
@@ -6,73 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import onnx
 from onnx import defs, helper
 
 from graphq import ir
 from graphq.errors import GraphqError, ModelError
 from graphq.passes._normalize_graph import graph_nodes, unique_names
 from graphq.pipeline import PassContext
-
-
-def infer_shapes(ctx: PassContext) -> None:
-    """Fill in the element types and dimensions that are not stated. What cannot be inferred stays unknown, with a note."""
-    values = {value.name: value for value in _all_values(ctx.model) if value.name}
-    if all(value.dtype is not None and value.shape is not None for value in values.values()):
-        return
-    try:
-        inferred = onnx.shape_inference.infer_shapes(
-            ir.light_proto(ctx.model, shapes=True)[0], check_type=False, strict_mode=False, data_prop=True
-        )
-    except Exception as error:  # onnx raises several types; a model without shapes still converts
-        ctx.skipped.append(("shape inference", f"onnx cannot infer shapes: {str(error).strip()[:200]}"))
-        return
-    for entry in _entries(inferred.graph):
-        value = values.get(entry.name)
-        if value is not None and entry.type.HasField("tensor_type") and _merge(value, entry.type.tensor_type):
-            ctx.edit.edits["shape"] += 1
-
-
-def _all_values(model: ir.Model) -> Iterator[ir.Value]:
-    for node in graph_nodes(model):
-        yield from node.outputs
-
-
-def _entries(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
-    yield from [*graph.output, *graph.value_info]
-    for node in graph.node:
-        for entry in node.attribute:
-            for subgraph in [entry.g, *entry.graphs]:
-                yield from _entries(subgraph)
-
-
-def _merge(value: ir.Value, tensor: onnx.TypeProto.Tensor) -> bool:
-    """Complete a value's type and shape; what it states already is kept."""
-    changed = False
-    if value.dtype is None and tensor.elem_type:
-        value.dtype = ir.DataType(tensor.elem_type)
-        changed = True
-    if value.dtype is None or not tensor.HasField("shape"):
-        return changed
-    new = tuple(_dim(entry) for entry in tensor.shape.dim)
-    old = ir.shape_of(value)
-    if old is not None and len(old) != len(new):
-        return changed
-    merged = new if old is None else tuple(a if isinstance(a, int) or b is None else b if a is None or isinstance(b, int) else a
-                                           for a, b in zip(old, new, strict=True))  # fmt: skip
-    if merged != old:
-        value.shape = ir.Shape(merged)
-        changed = True
-    return changed
-
-
-def _dim(entry: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if entry.HasField("dim_value"):
-        return entry.dim_value
-    return None if entry.dim_param.startswith("unk__") else entry.dim_param or None
-
-
-# ---- operator set ---------------------------------------------------------------------------------------------------
 
 
 def raise_opset(ctx: PassContext) -> None:

@@ -16,6 +16,7 @@ from graphq.half import BFLOAT16_OPSET, HALVES, Half
 from graphq.passes import _cast_float_masks as masks
 from graphq.passes import _cast_float_plan as planning
 from graphq.passes._cast_float_plan import Plan
+from graphq.passes._shapes import infer_shapes
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -43,6 +44,7 @@ class CastFloat(Pass):
 
     name: ClassVar[str] = "cast-float"
     needs_data: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = False
 
     precision: Literal["fp16", "bf16"] = "fp16"
     exclude: tuple[str, ...] = ()
@@ -57,20 +59,37 @@ class CastFloat(Pass):
                 f"{target.name} does not run {HALVES[self.precision].storage}.", where=f"pass {self.name}, precision: {self.precision}",
                 expected=f"precision: {' or '.join(sorted(target.halves))}", hint="or choose another target, such as --target tensorrt",
             )  # fmt: skip
+        found, half = _types(model), HALVES[self.precision]
+        if not self.allow_no_effect and not found & {ir.DataType.FLOAT, None, half.code}:
+            other = next((name for name, one in HALVES.items() if one.code in found), None)
+            raise TargetError(
+                "There is nothing in float32.", where=f"pass {self.name}", expected="a float32 model",
+                hint=f"it is {HALVES[other].storage} already: take precision: {other}, or start from the float32 model" if other else "",
+            )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        half = HALVES[self.precision]
+        infer_shapes(ctx)  # passes before it leave types of what they made open
+        half, found = HALVES[self.precision], _types(model)
+        if not found & {ir.DataType.FLOAT, None}:
+            return ctx.nothing_to_do(f"it is {half.storage} already" if half.code in found else "nothing in it is float32")
         if self.precision == "bf16":
             ctx.edit.raise_opset(BFLOAT16_OPSET)
         least = LEAST_SQNR_DB[self.precision] if self.min_sqnr_db is None else self.min_sqnr_db
-        masks.saturate(ctx, half, self.margin)
+        masks.saturate(ctx, half, margin=self.margin, min_sqnr_db=least, samples=self.error_samples)
         plan = planning.make_plan(ctx, half, exclude=self.exclude, margin=self.margin, min_sqnr_db=least, samples=self.error_samples)
         casts = _write(plan, half, ctx)
+        if not plan.half and half.code in found:  # float32 remains where whoever exported it wanted it
+            ctx.nothing_to_do(f"what can be {half.storage} is {half.storage} already")
         for node, reason in plan.kept.items():
             ctx.skip(node, reason)
             if node in plan.measured:
                 ctx.measure(node.name or "", sqnr_db=plan.measured[node])
         ctx.measure("all nodes", half=len(plan.half), float32=len(plan.kept), casts=casts)
+
+
+def _types(model: ir.Model) -> set[ir.DataType | None]:
+    """The element types of what nodes read and make, subgraphs included; None if one is not known."""
+    return {value.dtype for node in model.graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None and value.name}
 
 
 def _write(plan: Plan, half: Half, ctx: PassContext) -> int:

@@ -28,6 +28,7 @@ from graphq.passes import _normalize_batch_norm as batch_norm
 from graphq.passes import _normalize_fold as fold
 from graphq.passes import _normalize_graph as graph
 from graphq.passes import _normalize_opset as opset
+from graphq.passes._shapes import infer_shapes
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -44,6 +45,7 @@ class Normalize(Pass):
 
     name: ClassVar[str] = "normalize"
     idle_is_fine: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
 
     fold_limit: Annotated[int, Field(ge=0)] = 1 << 20
@@ -63,14 +65,14 @@ class Normalize(Pass):
         graph.free_initializers(edit)
         graph.inline_functions(ctx)  # before lifting: functions hold their constants in nodes
         graph.lift_constants(edit)  # before the opset is raised: the converter copies what lies in nodes, not initializers
-        opset.infer_shapes(ctx)  # the converter needs some, and folding must know how large a result will be
+        ctx.edit.edits["shape"] += infer_shapes(ctx)  # the converter needs some, and folding must know how large a result will be
         opset.raise_opset(ctx)  # before BatchNorm: the converter may replace nodes, and with them their meta
         graph.unique_names(edit)
         graph.lift_constants(edit)
         graph.drop_identities(edit)
         if attention.decompose_attention(ctx):
-            opset.infer_shapes(ctx)
+            ctx.edit.edits["shape"] += infer_shapes(ctx)
         fold.fold_constants(edit, self.fold_limit)
         batch_norm.fold_batch_norms(ctx)
         edit.prune()
-        opset.infer_shapes(ctx)
+        ctx.edit.edits["shape"] += infer_shapes(ctx)

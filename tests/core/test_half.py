@@ -96,6 +96,12 @@ ROWS = [
     ("y = Concat <axis = 0> (x, x, x)", "fp16", 21, Slots((0, 1, 2), (0,), True)),
     ("y = Resize(x, , s)", "fp16", 21, Slots((0,), (0,), True)),
     ("y = DequantizeLinear(i, s)", "bf16", 22, Slots((1,), (0,), False)),
+    ("y = DequantizeLinear(i, s)", "fp16", 23, Slots((1,), (0,), False)),
+    ("y = DequantizeLinear(i, s)", "bf16", 24, Slots((1,), (0,), False)),
+    ("y = DequantizeLinear <output_dtype = 1> (i, s)", "fp16", 23, "its output y is float32 whatever it reads"),
+    ("y = QuantizeLinear(x, s)", "fp16", 21, Slots((0, 1), (), False)),
+    ("y = QuantizeLinear(x, s)", "fp16", 23, Slots((0, 1), (), False)),
+    ("y = QuantizeLinear(x, s)", "bf16", 24, Slots((0, 1), (), False)),
     ("y = Cast <to = 1> (i)", "fp16", 21, Slots((), (0,), True)),
     ("y = MaxPool <kernel_shape = [1]> (x)", "fp16", 21, Slots((0,), (0,), False)),
     ("y = MaxPool <kernel_shape = [1]> (x)", "bf16", 21, "it has no bfloat16 form in opset 21"),
@@ -108,6 +114,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("body", "name", "opset", "expected"), ROWS)
 def test_slots_are_read_off_the_definitions(body: str, name: str, opset: int, expected: Slots | str) -> None:
-    graph = model(body, inner="float[4] s = {1, 1, 1, 1}, int8[1, 5] i = {1, 2, 3, 4, 5}", opset=opset)
+    made = "uint8[1, 5] y" if "y = Quantize" in body else "float[1, 5] y"
+    graph = model(body, outputs=made, inner="float[4] s = {1, 1, 1, 1}, int8[1, 5] i = {1, 2, 3, 4, 5}", opset=opset)
     (node,) = graph.graph
     assert half.slots(node, opset, HALVES[name]) == expected

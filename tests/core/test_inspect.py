@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from graphq import ir, report
@@ -84,7 +85,19 @@ def test_a_quantized_model_is_known_as_one(tmp_path: Path) -> None:
 
 def test_recipes_do_not_fit_a_model_without_weights(tmp_path: Path) -> None:
     found = inspect(write(tmp_path, f"{HEAD} plain (float[n, 2] x) => (float[n, 2] y) {{ y = Relu(x) }}"))
-    assert found.recipes and all("no Conv" in (fit.reason or "") for fit in found.recipes)
+    assert found.recipes and all("no Conv" in (fit.reason or "") for fit in found.recipes if fit.name not in ("fp16", "bf16"))
+
+
+def test_recipes_for_an_export_in_float16(tmp_path: Path) -> None:
+    """An engine of it is built by recipe fp16, which changes nothing."""
+    text = '<ir_version: 10, opset_import: ["" : 17]> g (float16[n, 4] x, float16[4, 4] w) => (float16[n, 4] y) { y = MatMul(x, w) }'
+    proto = onnx.parser.parse_model(text)
+    weight = proto.graph.input.pop()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 4), np.float16), weight.name))
+    onnx.save(proto, tmp_path / "m.onnx")
+    reasons = {fit.name: fit.reason for fit in inspect(tmp_path / "m.onnx", "tensorrt").recipes}
+    assert reasons["fp16"] is None and reasons["bf16"] == "There is nothing in float32."
+    assert "FLOAT16" in (reasons["int8-fp16"] or "")
 
 
 def test_an_unknown_rank_is_said(tmp_path: Path) -> None:

@@ -48,21 +48,44 @@ def test_real_models(name: str, assets: ModuleType, tmp_path: Path) -> None:
 
 
 HALF = {
-    "fp16": "- cast-float",
-    "bf16": "- cast-float: {precision: bf16}",
-    "int8 and fp16": "- insert-qdq\n- cast-float",
-    "int8 and bf16": "- insert-qdq\n- cast-float: {precision: bf16}",
-    "int4 and fp16": "- quantize-weights: {bits: 4, group_size: 32, fallback_bits: 8}\n- cast-float",
+    "fp16": ("- cast-float", "float16 x float16", 26, 9),
+    "bf16": ("- cast-float: {precision: bf16}", "bfloat16 x bfloat16", 26, 9),
+    "int8 and fp16": ("- insert-qdq\n- cast-float", "int8 x int8", 14, 9),
+    "int8 and bf16": ("- insert-qdq\n- cast-float: {precision: bf16}", "int8 x int8", 14, 9),
+    "int4 and fp16": ("- quantize-weights: {bits: 4, group_size: 32, fallback_bits: 8}\n- cast-float", "float16 x int4", 17, 1),
 }
+"""Passes, types of operands, and how many linear nodes of digits_vit and of digits_cnn get them in the engine, at least."""
 
 
-@pytest.mark.parametrize("passes", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("case", HALF)
 @pytest.mark.parametrize("name", ["digits_vit", "digits_cnn"])
-def test_half_precision(name: str, passes: str, tmp_path: Path) -> None:
+def test_half_precision(name: str, case: str, tmp_path: Path) -> None:
+    passes, types, *least = HALF[case]
     recipe, out = parse_recipe(f"passes:\n- normalize\n{passes}\n", "half"), tmp_path / "m.engine"
     calib = {"input": digits.calibration(32)}
     report = graphq.convert(onnx_path(name), out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
     assert out.read_bytes().startswith(b"vtrt") and report.comparison[0].sqnr_db > 25
+    assert report.engine is not None and report.engine.counts[types] >= least[name == "digits_cnn"]
+
+
+def test_an_export_in_float16(tmp_path: Path) -> None:
+    """Recipe fp16 changes nothing in it, and the engine is built."""
+    text = '<ir_version: 10, opset_import: ["" : 17]> g (float16[n, 64] x) => (float16[n, 64] y) { h = MatMul(x, w) y = Relu(h) }'
+    model, weight = onnx.parser.parse_model(text), np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    report = graphq.convert(tmp_path / "m.onnx", tmp_path / "m.engine", recipe="fp16", calib={"x": weight}, target="tensorrt-rtx",
+                            emit="engine")  # fmt: skip
+    assert report.engine is not None and report.engine.counts == {"float16 x float16": 1} and not report.passes[-1].edits
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_integer_kernels_with_float16_between_them_at_any_opset(opset: int, tmp_path: Path) -> None:
+    """A Cast between a DequantizeLinear and its product leaves no integer kernel."""
+    onnx.save(onnx.version_converter.convert_version(onnx.load(onnx_path("digits_vit")), opset), tmp_path / "m.onnx")
+    report = graphq.convert(tmp_path / "m.onnx", tmp_path / "m.engine", recipe="int8-fp16", calib={"input": digits.calibration(32)},
+                            target="tensorrt-rtx", emit="engine")  # fmt: skip
+    assert report.engine is not None and report.engine.counts["int8 x int8"] >= 26 and not report.engine.unfused
 
 
 @pytest.mark.parametrize("passes", [
