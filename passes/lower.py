@@ -78,6 +78,8 @@ class Lower(Pass):
             return "excluded by the recipe"
         if name is None:
             return "8-bit weights with float activations have no kernel"
+        if name == "W8A8Gemm" and len(weight.scale) > 1:
+            return "W8A8Gemm takes one scale a channel, not one a group"
         if name not in self.operators:
             return f"{name} is not among the operators of the recipe"
         if weight.codes.size < self.min_size:

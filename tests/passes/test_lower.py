@@ -94,6 +94,7 @@ def test_the_weight_is_packed_as_the_contract_says() -> None:
 @pytest.mark.parametrize(("passes", "options", "reason"), [
     ((QuantizeWeights(bits=8),), {}, "8-bit weights with float activations"),
     ((W8A8,), {"operators": ("W4A16Gemm",)}, "W8A8Gemm is not among the operators"),
+    ((InsertQdq(error_samples=0, weights=False), QuantizeWeights(bits=8, group_size=32)), {}, "W8A8Gemm takes one scale a channel"),
     ((W4,), {"min_size": 10_000}, "fewer than 10000 weights"),
     ((W4,), {"exclude": ("second",)}, "excluded by the recipe"),
     ((QuantizeWeights(bits=4, group_size=16),), {}, "W4A16Gemm is not defined for it"),
