@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphq import functions, ir, ops_softmax
+from graphq import functions, ir, ops, ops_softmax
 from graphq.log_quantizers import LogParams, LogUniform
 from graphq.pipeline import PassContext
 
@@ -31,7 +31,7 @@ def lower(node: ir.Node, ctx: PassContext, operators: tuple[str, ...]) -> str | 
         levels = ctx.edit.initializer(f"{node.name}_levels", ops_softmax.code_levels(quantizer, fitted))
         for product in products:
             out = product.outputs[0]
-            body = ops_softmax.OPERATORS["SULQAttentionValue"].body
+            body = ops.OPERATORS["SULQAttentionValue"].body
             values = [packed, levels, product.inputs[1]]
             ctx.edit.replace(out, functions.call(ctx.edit, body, product, values, output=f"{out.name}_lowered", like=out))
             ctx.edit.remove(product)
@@ -47,7 +47,7 @@ def lower(node: ir.Node, ctx: PassContext, operators: tuple[str, ...]) -> str | 
 
 def _call(ctx: PassContext, name: str, anchor: ir.Node, values: list[ir.Value | None], params: np.ndarray, like: ir.Value) -> ir.Value:
     operand = ctx.edit.initializer(f"{like.name}_params", params)
-    return functions.call(ctx.edit, ops_softmax.OPERATORS[name].body, anchor, [*values, operand], output=f"{like.name}_lowered", like=like)
+    return functions.call(ctx.edit, ops.OPERATORS[name].body, anchor, [*values, operand], output=f"{like.name}_lowered", like=like)
 
 
 def _params(node: ir.Node) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import numpy as np
 from pydantic import Field
 
-from graphq import functions, ir, linear, ops
+from graphq import functions, ir, linear, ops, ops_gemm
 from graphq.errors import GraphqError, TargetError
 from graphq.exclude import is_excluded, require_matches
 from graphq.passes import _lower_softmax
@@ -153,7 +153,7 @@ def _operands(node: ir.Node, weight: Codes, name: OperatorName) -> dict[str, np.
     outputs, found = weight.codes.shape[1], {}
     shape = tuple(size if isinstance(size, int) else 1 for size in ir.shape_of(linear.data_of(node)) or (1, len(weight.codes)))
     found["x"] = np.zeros(shape, np.int8 if name != "W4A16Gemm" else kind)
-    found["weight"] = ops.pack_int8(weight.codes) if name == "W8A8Gemm" else ops.pack_int4(weight.codes)
+    found["weight"] = ops_gemm.pack_int8(weight.codes) if name == "W8A8Gemm" else ops_gemm.pack_int4(weight.codes)
     if name != "W4A16Gemm":
         found["x_scale"] = np.zeros((), np.float32)
     scale = weight.scale[0] if name == "W8A8Gemm" else weight.scale

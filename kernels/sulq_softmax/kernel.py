@@ -13,7 +13,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from graphq.errors import UsageError
-from graphq.ops_softmax import check, dtype_name
+from graphq.operands import dtype_name
+from graphq.ops import check
 
 from .._launch import INTERPRETED, Launch, require_memory
 

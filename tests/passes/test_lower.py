@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from graphq import ir, ops
+from graphq import ir, ops_gemm
 from graphq.calibration import open_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
@@ -88,7 +88,7 @@ def test_the_weight_is_packed_as_the_contract_says() -> None:
     assert codes is not None
     packed = ir.constant(node.inputs[1])
     assert packed is not None and packed.nbytes == 64 * 96 / 2
-    np.testing.assert_array_equal(ops.unpack_int4(packed, 64), codes.astype(np.int8))
+    np.testing.assert_array_equal(ops_gemm.unpack_int4(packed, 64), codes.astype(np.int8))
 
 
 @pytest.mark.parametrize(("passes", "options", "reason"), [
