@@ -8,7 +8,8 @@ from typing import Any
 
 from graphq.errors import UsageError
 
-FLOATS = ("float16", "bfloat16", "float32")
+HALVES = ("float16", "bfloat16")
+FLOATS = (*HALVES, "float32")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 A pass packs operands with what stands in `graphq.ops_gemm` and `graphq.ops_softmax` and emits the operator, with its body of standard
 operators, through `graphq.functions`; a kernel computes the same. Neither knows the other: both are tested against the references.
+Contracts are as wide as the kernels: what no kernel takes is not written as an operator.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from graphq import ops_gemm, ops_softmax
 from graphq.errors import UsageError
 from graphq.names import unknown_name
-from graphq.operands import FLOATS, Operands, dtype_name
+from graphq.operands import FLOATS, HALVES, Operands, dtype_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,7 +32,7 @@ class Operator:
         body: ONNX text for `graphq.functions.call`; needs opset 18.
         reference: What it computes, on arrays.
         check: Its contract, behind `graphq.ops.check`.
-        floats: Types that it computes in.
+        floats: Types that its kernel computes in; its body takes float32 as well.
     """
 
     name: str
@@ -45,7 +46,9 @@ class Operator:
 
 _INTEGER_GEMM = ("x", "weight", "x_scale", "w_scale", "bias")
 _ALL = (
-    Operator("W4A16Gemm", ("x", "weight", "w_scale", "bias"), ops_gemm.HALVES, ops_gemm.W4A16, ops_gemm.w4a16_gemm, ops_gemm.check),
+    Operator(
+        "W4A16Gemm", ("x", "weight", "w_scale", "bias"), ops_gemm.HALVES, ops_gemm.W4A16, ops_gemm.w4a16_gemm, ops_gemm.check, HALVES,
+    ),
     Operator("W8A8Gemm", _INTEGER_GEMM, ops_gemm.ROWS, ops_gemm.W8A8, ops_gemm.w8a8_gemm, ops_gemm.check),
     Operator("W4A8Gemm", _INTEGER_GEMM, ops_gemm.HALVES, ops_gemm.W4A8, ops_gemm.w4a8_gemm, ops_gemm.check),
     Operator("SULQSoftmax", ("x", "params"), "", ops_softmax.SOFTMAX, ops_softmax.sulq_softmax, ops_softmax.check),

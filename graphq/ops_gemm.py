@@ -6,7 +6,7 @@ Notation, in all docstrings:
     K       reduction size
     N       output channels
     G       group size: weights along K that share a scale, K / S for a scale of S rows; G = K is one scale a channel
-    T       float16, bfloat16 or float32
+    T       float16, bfloat16, or but for W4A16Gemm float32
 
 | operator | x | x_scale | weight | w_scale |
 |---|---|---|---|---|

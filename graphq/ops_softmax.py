@@ -6,7 +6,7 @@
 
     M     rows: queries
     N     columns: keys, what a row sums over
-    D     width of a value
+    D     width of a value, at most `MAX_D`
     x     [.., M, N] float16, bfloat16 or float32; finite or -inf, which masks
     params  [5] float32: shift, center, scale of `LogParams`, then the logarithms `low` and `high` of the outermost levels
     levels  [16] float32: the level of each code, -8 first
@@ -34,6 +34,9 @@ PACKED = "int4-pairs-v1"
 """Two 4-bit two's complement codes a byte along the last axis, the first in the low nibble; an odd N is padded by a masked column.
 
 Neighbours share a byte, because one thread of a softmax holds both. Bytes are int8: TensorRT gives plugins no uint8 tensors."""
+
+MAX_D = 256
+"""Widest values: a program of the kernel holds whole rows of the result in registers."""
 
 # ---- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -201,6 +204,7 @@ def check(found: Operands) -> tuple[tuple[int, ...], str]:
     if name == "SULQAttentionValue":
         packed, v = shapes["packed"], shapes["v"]
         require(dtypes["v"] in found.floats and len(v) >= 2, "v", f"{' or '.join(found.floats)} [..., N, D]")
+        require(v[-1] <= MAX_D, "v", f"D of at most {MAX_D}")
         fits = len(packed) == len(v) and packed[:-2] == v[:-2] and packed[-1] == (v[-2] + 1) // 2
         require(
             dtypes["packed"] == "int8" and fits, "packed", f"int8 [..., M, ceil(N / 2)] with N = {v[-2]} and leading axes {list(v[:-2])}"

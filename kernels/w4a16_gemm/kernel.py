@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from graphq import ops_gemm
+from graphq import ops, ops_gemm
 from graphq.errors import UsageError
 
 from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, prepare, require_rows
@@ -226,8 +226,9 @@ def launch(sizes: ops_gemm.Sizes, dtype: str, arch: int, config: Config | None =
     Raises:
         UsageError: there is no kernel for `dtype`.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise UsageError(f"w4a16_gemm has no kernel for {dtype}.", expected="float16 or bfloat16", hint="use the function's body")
+    floats = ops.OPERATORS["W4A16Gemm"].floats
+    if dtype not in floats:
+        raise UsageError(f"w4a16_gemm has no kernel for {dtype}.", expected=" or ".join(floats), hint="use the function's body")
     config = config or pick(TABLE, arch, sizes.m)
     require_rows(config, sizes.m)
     grouped = sizes.g != sizes.k

@@ -174,16 +174,17 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "bad", "message"),
     [
+        ("W4A16Gemm", "x", np.zeros((2, 192), np.float32), "expected: float16 or bfloat16"),
         ("W4A16Gemm", "x", np.zeros((2, 192)), r"cannot take x of type float64 and shape \[2, 192\]"),
-        ("W4A16Gemm", "x", np.zeros(192, np.float32), r"expected: \[\.\.\., M, K\]"),
-        ("W4A16Gemm", "x", np.zeros((2, 320), np.float32), r"expected: uint8 \[N, 32 \* ceil\(K / 64\)\] = \[7, 160\]"),
+        ("W4A16Gemm", "x", np.zeros(192, np.float16), r"expected: \[\.\.\., M, K\]"),
+        ("W4A16Gemm", "x", np.zeros((2, 320), np.float16), r"expected: uint8 \[N, 32 \* ceil\(K / 64\)\] = \[7, 160\]"),
         ("W4A16Gemm", "weight", np.zeros((96, 7), np.uint8), r"= \[7, 96\]"),
-        ("W4A16Gemm", "w_scale", np.zeros((3, 7), np.float16), r"expected: float32 \[K / G, N\]"),
-        ("W4A16Gemm", "w_scale", np.zeros((4, 7), np.float32), "groups of a multiple of 32 of K = 192"),
-        ("W4A16Gemm", "w_scale", np.zeros((5, 7), np.float32), "groups of a multiple of 32 of K = 192"),
-        ("W4A16Gemm", "w_scale", np.zeros((0, 7), np.float32), r"\[K / G, N\]"),
-        ("W4A16Gemm", "bias", np.zeros((1, 7), np.float32), r"expected: float32 \[N\]"),
-        ("W4A16Gemm", "bias", np.zeros(7, np.float16), r"expected: float32 \[N\]"),
+        ("W4A16Gemm", "w_scale", np.zeros((3, 7), np.float32), r"expected: float16 \[K / G, N\]"),
+        ("W4A16Gemm", "w_scale", np.zeros((4, 7), np.float16), "groups of a multiple of 32 of K = 192"),
+        ("W4A16Gemm", "w_scale", np.zeros((5, 7), np.float16), "groups of a multiple of 32 of K = 192"),
+        ("W4A16Gemm", "w_scale", np.zeros((0, 7), np.float16), r"\[K / G, N\]"),
+        ("W4A16Gemm", "bias", np.zeros((1, 7), np.float16), r"expected: float16 \[N\]"),
+        ("W4A16Gemm", "bias", np.zeros(7, np.float32), r"expected: float16 \[N\]"),
         ("W8A8Gemm", "x", np.zeros((2, 192), np.uint8), "expected: int8"),
         ("W8A8Gemm", "x", np.zeros((2, ops_gemm.MAX_K + 1), np.int8), "int32 sums overflow"),
         ("W8A8Gemm", "weight", np.zeros((192, 7), np.int8), r"expected: int8 \[N, K\] = \[7, 192\]"),
@@ -193,7 +194,7 @@ def test_sizes() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(name: str, key: str, bad: np.ndarray, message: str) -> None:
-    values = operands(name, (2,), 192, 7, 3) | {key: bad}
+    values = operands(name, (2,), 192, 7, 3, np.float16) | {key: bad}
     with pytest.raises(UsageError, match=message) as caught:
         ops.check(name, values, where="node fc1")
     assert "where: node fc1" in str(caught.value)

@@ -172,6 +172,7 @@ def test_refusals() -> None:
         ("SULQAttentionValue", {"packed": packed[:2], "levels": levels, "v": v}, r"packed of type int8 and shape \[2, 4, 5\]"),
         ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[:, :8]}, r"packed of type int8 and shape \[3, 4, 5\]"),
         ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[0, 0]}, "cannot take v"),
+        ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": np.zeros((3, 9, 257), np.float16)}, "D of at most 256"),
         ("SULQ", {}, "SULQSoftmax"),
     ]:
         with pytest.raises(UsageError, match=message):

@@ -131,7 +131,7 @@ def test_what_is_not_contiguous_is_refused(run: Any, operator: str, how: str) ->
         ("SULQSoftmax", {"x": np.zeros((2, 6))}, "x of type float64"),
         ("SULQSoftmaxCodes", {"params": np.ones(4, np.float32)}, "cannot take params"),
         ("SULQAttentionValue", {"v": np.zeros((9, 8), np.float32)}, "cannot take packed"),
-        ("SULQAttentionValue", {"v": np.zeros((6, 257), np.float32)}, "too wide for one block"),
+        ("SULQAttentionValue", {"v": np.zeros((6, 257), np.float32)}, "D of at most 256"),
     ],
 )
 def test_what_does_not_fit_is_refused(run: Any, operator: str, change: dict[str, np.ndarray], message: str) -> None:
