@@ -78,3 +78,12 @@ def check(name: str, operands: Mapping[str, Any], where: str = "") -> tuple[tupl
     shapes = {key: tuple(operands[key].shape) for key in operator.inputs}
     dtypes = {key: dtype_name(operands[key]) for key in operator.inputs}
     return operator.check(Operands(name, shapes, dtypes, operator.floats, where))
+
+
+def refusal(name: str, operands: Mapping[str, Any]) -> str | None:
+    """Why the operator `name` is not defined for its operands, in a line; None if it is."""
+    try:
+        check(name, operands)
+    except UsageError as error:
+        return f"{error.what.rstrip('.')}, but {error.expected}"
+    return None

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import functions, ir, linear, ops, ops_gemm
-from graphq.errors import GraphqError, TargetError
+from graphq.errors import TargetError
 from graphq.exclude import is_excluded, require_matches
 from graphq.operands import Operand
 from graphq.passes import _lower_softmax
@@ -55,12 +55,13 @@ class Product:
 
 @pass_options
 class Lower(Pass):
-    """Replaces quantized MatMul and Gemm by the operators that graphq has kernels for.
+    """Replaces quantized MatMul, Gemm and Softmax by the operators that graphq has kernels for.
 
     Attributes:
         operators: Which of them to write.
-        min_size: Fewest weights that are worth it; smaller products are left to the runtime.
-        exclude: Patterns of node names (or operator types) that stay as they are.
+        min_size: Fewest weights that are worth it; smaller products are left to the runtime. Attention has none, and is not asked.
+        exclude: Patterns of node names (or operator types) that stay as they are. Of attention, those of a softmax or its quantizer keep
+            both; where the product is excluded, the softmax writes levels for it.
     """
 
     name: ClassVar[str] = "lower"
@@ -78,11 +79,17 @@ class Lower(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        kept: dict[ir.Node, str] = {}
         for node in [node for node in model.graph if node.domain == ir.DOMAIN and "Softmax" not in node.op_type]:
-            if _is_behind_softmax(node) and (why := _lower_softmax.lower(node, ctx, self.operators)):
-                ctx.skip(node, why)
+            if _is_behind_softmax(node):
+                attention = _lower_softmax.plan(node, self.operators, self.exclude)
+                if isinstance(attention, str):
+                    ctx.skip(node, attention)
+                else:
+                    kept |= {use.node: attention.reason for use in ir.uses(node.outputs[0]) if attention.reason}
+                    _lower_softmax.write(attention, ctx)
         for node in [node for node in model.graph if not node.domain and node.op_type in ("Gemm", "MatMul")]:
-            found = self._product(node)
+            found = kept.get(node) or self._product(node)
             if isinstance(found, str):
                 ctx.skip(node, found)
             else:
@@ -110,11 +117,7 @@ class Lower(Pass):
         if str(dtype) not in ops.OPERATORS[name].floats:
             return f"no kernel of {name} takes {dtype}; put cast-float before lower"
         product = Product(name, weight, dtype)
-        try:
-            ops.check(name, _operands(node, product))
-        except GraphqError as error:
-            return f"{name} is not defined for it: {error.what}"
-        return product
+        return ops.refusal(name, _operands(node, product)) or product
 
 
 def _is_behind_softmax(node: ir.Node) -> bool:

@@ -99,7 +99,7 @@ def test_the_weight_is_packed_as_the_contract_says(lowered: Lowered) -> None:
     ((W4,), {}, "no kernel of W4A16Gemm takes float32; put cast-float before lower"),
     ((W4, HALF), {"min_size": 10_000}, "fewer than 10000 weights"),
     ((W4, HALF), {"exclude": ("second",)}, "excluded by the recipe"),
-    ((QuantizeWeights(bits=4, group_size=16), HALF), {}, "W4A16Gemm is not defined for it"),
+    ((QuantizeWeights(bits=4, group_size=16), HALF), {}, "but one row, or as many as make groups of a multiple of 32"),
     ((QuantizeWeights(bits=4, exclude=("first",)), HALF), {}, "its weight is not quantized"),
 ])  # fmt: skip
 def test_what_stays_is_named(lowered: Lowered, passes: tuple[Pass, ...], options: dict[str, Any], reason: str) -> None:
@@ -139,13 +139,16 @@ ATTENTION = """<ir_version: 10, opset_import: ["" : 21]> g (float[b, 3, 7, 7] s,
 }"""
 
 
-def attention(bits: int, **options: Any) -> tuple[ir.Model, ir.Model, dict[str, np.ndarray], PassRecord]:
+def attention(bits: int, text: str = ATTENTION, **options: Any) -> tuple[ir.Model, ir.Model, dict[str, np.ndarray], PassRecord]:
     rng = np.random.default_rng(0)
-    model = ir.from_onnx_text(ATTENTION)
-    feeds = {"s": 3 * rng.normal(size=(8, 3, 7, 7)).astype(np.float32), "v": rng.normal(size=(8, 3, 7, 5)).astype(np.float32)}
+    model = ir.from_onnx_text(text)
+    shapes = {value.name: (8, *(int(size) for size in (ir.shape_of(value) or ())[1:])) for value in model.graph.inputs}  # type: ignore[arg-type]
+    feeds = {name or "": 3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     data = open_calibration(feeds, ir.inputs(model))
     ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("tensorrt"))
     run_passes([Normalize(), SulqSoftmax(bits=bits, quantizer=options.pop("quantizer", "sulq"))], ctx, verify_graph)
+    if options.pop("returned", False):
+        model.graph.outputs.append(next(node for node in model.graph if node.domain == ir.DOMAIN).outputs[0])
     before = ir.clone(model)
     (record,) = run_passes([Lower(allow_no_effect=True, **options)], ctx, verify_graph)
     return before, model, feeds, record
@@ -163,12 +166,38 @@ def test_attention_weights_become_codes(bits: int, options: dict[str, Any], made
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("returned", ["softmax", "levels"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_attention_weights_that_the_model_returns(bits: int, returned: str) -> None:
+    """Levels may be returned, but not as codes; a softmax that is returned is not to be quantized."""
+    text = ATTENTION.replace(" y)", " y, float[b, 3, 7, 7] p)") if returned == "softmax" else ATTENTION
+    before, after, feeds, record = attention(bits, text, returned=returned == "levels")
+    assert operators(after) == (["SULQ"] if returned == "softmax" else ["SULQSoftmax"])
+    reason = "the model returns what it reads" if returned == "softmax" else "what the model returns" if bits == 4 else "more than 4 bits"
+    assert any(reason in why for _, why in record.skipped)
+    assert [value.name for value in after.graph.outputs] == [value.name for value in before.graph.outputs]
+    for want, got in zip(Executor(before).run(feeds), Executor(after).run(feeds), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize(("options", "reason"), [
     ({"quantizer": "log-sqrt2"}, "no kernel has its levels"), ({"operators": ("W8A8Gemm",)}, "SULQSoftmax is not among the operators"),
+    ({"exclude": ("softmax",)}, "excluded by the recipe"), ({"exclude": ("SULQ",)}, "excluded by the recipe"),
 ])  # fmt: skip
 def test_attention_weights_that_stay(options: dict[str, Any], reason: str) -> None:
     before, after, _, record = attention(4, **options)
     assert operators(after) == operators(before) and any(reason in why for _, why in record.skipped)
+
+
+@pytest.mark.parametrize(("text", "options", "reason"), [
+    (ATTENTION, {"exclude": ("mix",)}, "its product is excluded by the recipe"),
+    (ATTENTION.replace("7, 5]", "7, 257]"), {}, "D of at most 256"),
+])  # fmt: skip
+def test_a_product_that_stays_gets_levels(text: str, options: dict[str, Any], reason: str) -> None:
+    before, after, feeds, record = attention(4, text, **options)
+    assert [node.op_type for node in after.graph] == ["SULQSoftmax", "MatMul"]
+    assert next(why for what, why in record.skipped if "'mix'" in what).endswith(reason)
+    np.testing.assert_allclose(Executor(after).run(feeds)[0], Executor(before).run(feeds)[0], atol=1e-4)
 
 
 SHARED = """<ir_version: 10, opset_import: ["" : 21]>
