@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -13,14 +13,15 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from graphq import block_floats, ir
+from graphq import block_floats, half, ir
 from graphq.backends import tensorrt
 from graphq.backends.engine_layers import facts, read_plan
 from graphq.block_floats import BLOCKS, FormatName
-from graphq.calibration import open_calibration
+from graphq.calibration import open_calibration, random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
 from graphq.passes.block_float import BlockFloat
+from graphq.passes.cast_float import CastFloat
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import PassContext, PassRecord, run_passes
 from graphq.targets import get_target
@@ -142,6 +143,25 @@ def test_a_target_without_small_floats_refuses_before_calibration(net: Net, kind
 def test_nothing_to_quantize_is_refused_before_calibration(net: Net) -> None:
     with pytest.raises(TargetError, match="no matrix product"):
         BlockFloat(exclude=("first", "second")).precheck(net()[0], get_target("tensorrt"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_is_not_quantized_may_become_half(kind: FormatName, precision: Literal["fp16", "bf16"]) -> None:
+    """How such models are deployed. Passes find the values of 4 bits by name, and the run is that of half precision."""
+    model = ir.load(Path(__file__).parents[2] / "models" / "digits_vit.onnx")
+    data = random_calibration(ir.inputs(model), 8)
+    exact = ir.clone(model)
+    ctx = PassContext(model=model, reference=exact, calib=data, held_out=data, target=get_target("tensorrt"))
+    run_passes([Normalize(), BlockFloat(format=kind), CastFloat(precision=precision)], ctx, verify_graph)
+    storage = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert products and all(str(node.outputs[0].dtype) == storage for node in products)
+    wide = half.emulated(block_floats.emulated(model))
+    assert all(node.op_type == "Cast" or not any(map(half.is_half, node.outputs)) for node in wide.graph)
+    (batch,) = data.batches(8)
+    want, got = (Executor(one).run(batch)[0] for one in (exact, model))
+    assert 10 * np.log10(np.sum(want**2) / np.sum((want - got) ** 2)) > {"nvfp4": 8, "mxfp8": 18}[kind]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
