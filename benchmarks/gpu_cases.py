@@ -18,7 +18,7 @@ from gpu_shapes import Case
 from roofline import CUBLAS, FORM, INT_MM, OURS, Work
 
 from graphq.kernels import CATALOG
-from graphq.ops import OFFSET, RUN, packed_width
+from graphq.ops_gemm import OFFSET, RUN, packed_width
 
 GROUP = 128
 NORM = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5}
@@ -110,7 +110,7 @@ def writing(case: Case, **options: Any) -> Callable[..., Any]:
 
 
 def unpacked(packed: Any, k: int) -> Any:
-    """Codes [N, K], int8, of `int4-halves-v1` bytes: `graphq.ops.unpack_int4` for a tensor, not transposed."""
+    """Codes [N, K], int8, of `int4-halves-v1` bytes: `graphq.ops_gemm.unpack_int4` for a tensor, not transposed."""
     import torch
 
     runs = packed.view(len(packed), -1, 1, RUN)

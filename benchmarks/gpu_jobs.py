@@ -44,7 +44,7 @@ def driver() -> ModuleType:
 
 def launches(arch: int) -> dict[str, tuple[Any, dict[str, np.ndarray], tuple[int, ...]]]:
     """By operator: a launch as its plugin makes it for a fixed shape, operands, shape of the result."""
-    from graphq import ops, ops_softmax
+    from graphq import ops_gemm, ops_softmax
     from graphq.kernels.sulq_softmax.kernel import attention_launch, softmax_launch
     from graphq.kernels.w4a8_gemm.kernel import launch as w4a8_launch
     from graphq.kernels.w4a16_gemm.kernel import launch as w4a16_launch
@@ -55,14 +55,14 @@ def launches(arch: int) -> dict[str, tuple[Any, dict[str, np.ndarray], tuple[int
     m, k, n, g = 40, 1024, 264, 128
     quantizer = LogUniform(4)
     fitted = quantizer.fit(np.geomspace(1e-3, 1, 100, dtype=np.float32))
-    bias, packed = rng.standard_normal(n).astype(half), rng.integers(0, 256, (n, ops.packed_width(k)), dtype=np.uint8)
+    bias, packed = rng.standard_normal(n).astype(half), rng.integers(0, 256, (n, ops_gemm.packed_width(k)), dtype=np.uint8)
     scale = rng.uniform(0.5, 1.5, (k // g, n)).astype(np.float32) / np.float32(8 * np.sqrt(k))
     codes, rows = rng.integers(-128, 128, (n, k), dtype=np.int8), rng.integers(-128, 128, (m, k), dtype=np.int8)
     x_scale, x = np.float32(1 / 64).reshape(()), rng.standard_normal((m, k)).astype(half)
     scores, params = 3 * rng.standard_normal((6, 197, 197)).astype(half), ops_softmax.softmax_params(quantizer, fitted)
     levels, v = ops_softmax.code_levels(quantizer, fitted), rng.standard_normal((6, 197, 64)).astype(half)
     nibbles = rng.integers(-128, 128, (6, 197, 99), dtype=np.int8)
-    grouped, whole = ops.Sizes(m, k, n, g), ops.Sizes(m, k, n, k)
+    grouped, whole = ops_gemm.Sizes(m, k, n, g), ops_gemm.Sizes(m, k, n, k)
     return {
         "W4A16Gemm": (w4a16_launch(grouped, "float16", arch),
                       {"x": x, "weight": packed, "w_scale": scale.astype(half), "bias": bias}, (m, n)),
@@ -78,13 +78,13 @@ def launches(arch: int) -> dict[str, tuple[Any, dict[str, np.ndarray], tuple[int
 
 def plugins() -> list[dict[str, Any]]:
     """One record of each operator: what its PTX is, whether it ran, how far its result is from the numpy reference."""
-    from graphq import ops, ops_softmax
+    from graphq import ops
 
     cuda = driver().library()
     arch, records = driver().arch(cuda) if cuda else DEFAULT_ARCH, []
     for name, (launch, operands, shape) in launches(arch).items():
         record: dict[str, Any] = {"operator": name, "arch": arch, "launched": cuda is not None}
-        contract = {**ops.OPERATORS, **ops_softmax.OPERATORS}[name]
+        contract = ops.OPERATORS[name]
         try:
             built = as_plugin(launch, arch)
             record |= {"ptx_bytes": len(built.ptx), "programs": built.grid, "threads": built.block, "shared_bytes": built.shared}
@@ -180,7 +180,7 @@ def warm_one(wanted: tuple[str, int, int, int, int, str, int]) -> int:
     """1 if it compiled."""
     import torch
 
-    from graphq import ops
+    from graphq import ops_gemm
     from graphq.kernels import CATALOG
 
     operator, m, k, n, g, dtype, index = wanted
@@ -188,7 +188,7 @@ def warm_one(wanted: tuple[str, int, int, int, int, str, int]) -> int:
     major, minor = torch.cuda.get_device_capability()
     try:
         config = list(module.configs(m))[index]
-        launch = module.launch(ops.Sizes(m, k, n, g), dtype, major * 10 + minor, config)
+        launch = module.launch(ops_gemm.Sizes(m, k, n, g), dtype, major * 10 + minor, config)
         launch.function.warmup(*(getattr(torch, kind) for kind in launch.types), *launch.scalars.values(), grid=(1,), **launch.constants,
                                num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)  # fmt: skip
     except Exception:  # does not fit: who times it finds out why

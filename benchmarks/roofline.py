@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graphq.ops import packed_width
+from graphq.ops_gemm import packed_width
 
 Row = dict[str, Any]
 ITEM = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -104,6 +104,7 @@ def insert_weight(edit: Editor, node: ir.Node, index: int, blocks: Blocks, *, tu
         operands = [edit.initializer(f"{name}_block_scale", stored(blocks.scale_codes), "float8e4m3fn"),
                     edit.initializer(f"{name}_scale", np.asarray(blocks.tensor_scale))]  # fmt: skip
         scale = edit.insert(node, "DequantizeLinear", operands, output=f"{name}_block_scale_dequantized")
+        scale.type = ir.tensor_type("float32")
     attributes = {"axis": axis, "block_size": len(blocks.codes) // len(blocks.scale)}
     result = edit.insert(node, "DequantizeLinear", [codes, scale], output=f"{name}_dequantized", attributes=attributes, like=value)
     edit.rewire(node, index, result)
@@ -123,9 +124,10 @@ def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: 
     def constant(suffix: str, array: Array, storage: str = "") -> ir.Value:
         return edit.shared((suffix, array.tobytes(), storage), f"block_{suffix}", lambda: array, storage or str(array.dtype))
 
-    def add(op_type: str, operands: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
+    def add(op_type: str, operands: list[ir.Value], suffix: str, storage: str = "float32", **attributes: int) -> ir.Value:
         nonlocal anchor
         made = edit.insert(anchor, op_type, operands, output=f"{name}_{suffix}", attributes=attributes, after=anchor is not None)
+        made.type = ir.tensor_type(storage)
         anchor = made.producer()
         return made
 
@@ -137,11 +139,12 @@ def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: 
         raw = add("Div", [top, constant("limit", np.asarray(np.float32(_E2M1.qmax)))], "block_range")
         kept = add("Max", [raw, constant("floor", np.asarray(whole * np.float32(FLOOR), np.float32))], "block_kept")
         operands = [edit.initializer(f"{name}_scale", whole), constant("zero", np.zeros(()), "float8e4m3fn")]
-        scale = add("DequantizeLinear", [add("QuantizeLinear", [kept, *operands], "block_scale"), *operands], "block_scale_dequantized")
-        how = {"axis": len(dims) - 1, "block_size": block}
-        codes = add("QuantizeLinear", [value, scale], "quantized", output_dtype=int(ir.DataType.FLOAT4E2M1), **how)
-        codes.shape, codes.type = value.shape, ir.tensor_type(_E2M1.storage)
-        result = add("DequantizeLinear", [codes, scale], "dequantized", **how)
+        axis, narrow = len(dims) - 1, int(ir.DataType.FLOAT4E2M1)
+        scale_codes = add("QuantizeLinear", [kept, *operands], "block_scale", _E4M3.storage)
+        scale = add("DequantizeLinear", [scale_codes, *operands], "block_scale_dequantized")
+        codes = add("QuantizeLinear", [value, scale], "quantized", _E2M1.storage, axis=axis, block_size=block, output_dtype=narrow)
+        codes.shape = value.shape
+        result = add("DequantizeLinear", [codes, scale], "dequantized", axis=axis, block_size=block)
     else:
         raw = add("Div", [top, constant("limit", np.asarray(np.float32(_E4M3.qmax)))], "block_range")
         kept = add("Max", [raw, constant("least", np.asarray(np.float32(2.0**-100)))], "block_kept")
@@ -150,8 +153,7 @@ def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: 
         steps = add("Unsqueeze", [power, constant("axis", np.array([-1]))], "block_steps")
         ratio = add("Div", [add("Reshape", [value, shape], "grouped"), steps], "ratio")
         operands = [constant("one", np.asarray(np.float32(1))), constant("zero", np.zeros(()), "float8e4m3fn")]
-        codes = add("QuantizeLinear", [ratio, *operands], "quantized")
-        codes.type = ir.tensor_type(_E4M3.storage)
+        codes = add("QuantizeLinear", [ratio, *operands], "quantized", _E4M3.storage)
         level = add("Mul", [add("DequantizeLinear", [codes, *operands], "codes"), steps], "levels")
         result = add("Reshape", [level, constant("flat", np.array([*[0] * (len(dims) - 1), dims[-1]]))], "dequantized")
     result.shape, result.type = value.shape, value.type
@@ -199,6 +201,7 @@ def emulated(model: ir.Model) -> ir.Model:
     found = [node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].dtype == narrow]  # type: ignore[union-attr]
     if not found:
         return model
+    model.graph.sort()  # probes of passes put nodes in behind what they read, but in any order, and a clone needs theirs
     copy = ir.clone(model)
     edit, places = Editor(copy), {node: place for place, node in enumerate(model.graph)}
     nodes = list(copy.graph)
@@ -208,15 +211,39 @@ def emulated(model: ir.Model) -> ir.Model:
         array, maker = ir.constant(codes), codes.producer()
         if array is not None:
             wide = edit.initializer(f"{codes.name}_wide", array.astype(np.float32))
-            edit.replace(node.outputs[0], _scaled(edit, node, wide, scale))
+            _take_place(edit, node, _scaled(edit, node, wide, scale))
+            if not codes.uses():
+                del copy.graph.initializers[codes.name or ""]
         elif maker is not None and maker.op_type == "QuantizeLinear" and "block_size" in maker.attributes:
             block, rank = ir.attribute(maker, "block_size"), len(ir.shape_of(codes) or ())
             blocks = edit.initializer(f"{codes.name}_blocks", np.array([*[0] * (rank - 1), -1, block]))
-            operands = [maker.inputs[0], scale, blocks]
-            rounded = functions.call(edit, _ROUND, node, operands, output=f"{codes.name}_rounded", like=node.outputs[0])
-            edit.replace(node.outputs[0], rounded)
-    edit.prune()
+            operands = [_float32(edit, node, maker.inputs[0]), _float32(edit, node, scale), blocks]
+            rounded = functions.call(edit, _ROUND, node, operands, output=f"{codes.name}_rounded", like=node.outputs[0], after=False)
+            _take_place(edit, node, rounded)
+            if not codes.uses():
+                edit.remove(maker)
     return copy
+
+
+def _float32(edit: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value:
+    """`value`, which may be half precision, as float32, for what is put before `node`."""
+    assert value is not None
+    if value.dtype in (None, ir.DataType.FLOAT):
+        return value
+    wide = edit.insert(node, "Cast", [value], output=f"{value.name}_float32", attributes={"to": int(ir.DataType.FLOAT)})
+    wide.shape, wide.type = value.shape, ir.tensor_type("float32")
+    return wide
+
+
+def _take_place(edit: Editor, node: ir.Node, new: ir.Value) -> None:
+    """Let `new` be read, and known by its name, where the output of `node` was: whoever looks at values of the model asks by name."""
+    old, name = node.outputs[0], node.outputs[0].name
+    new.type = ir.tensor_type("float32")
+    if old.dtype not in (None, ir.DataType.FLOAT):
+        new = edit.insert(node, "Cast", [new], output=f"{name}_cast", attributes={"to": int(old.dtype or 0)}, like=old)
+    edit.replace(old, new)
+    edit.remove(node)
+    new.name = name
 
 
 def _scaled(edit: Editor, node: ir.Node, wide: ir.Value, scale: ir.Value) -> ir.Value:
@@ -224,8 +251,11 @@ def _scaled(edit: Editor, node: ir.Node, wide: ir.Value, scale: ir.Value) -> ir.
     axis, (rows, columns) = ir.attribute(node, "axis", 1) % 2, ir.constant_shape(wide)
     block = ir.attribute(node, "block_size", 0)
     shape = (rows // block, block, columns) if axis == 0 else (rows, columns // block, block)
-    grouped = edit.insert(node, "Reshape", [wide, edit.initializer("blocks", np.array(shape))], output=f"{wide.name}_blocks")
-    steps = edit.insert(node, "Unsqueeze", [scale, edit.initializer("axis", np.array([axis + 1]))], output=f"{wide.name}_steps")
+    places, rank = edit.initializer("blocks", np.array(shape)), edit.initializer("axis", np.array([axis + 1]))
+    grouped = edit.insert(node, "Reshape", [wide, places], output=f"{wide.name}_blocks")
+    steps = edit.insert(node, "Unsqueeze", [_float32(edit, node, scale), rank], output=f"{wide.name}_steps")
     level = edit.insert(node, "Mul", [grouped, steps], output=f"{wide.name}_levels")
+    for value in (grouped, steps, level):
+        value.type = ir.tensor_type("float32")
     whole = edit.initializer("shape", np.array([rows, columns]))
     return edit.insert(node, "Reshape", [level, whole], output=f"{wide.name}_dequantized", like=node.outputs[0])

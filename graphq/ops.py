@@ -1,33 +1,8 @@
 """The custom operators of the domain `graphq` that kernels compute: what each takes, in which packed layout, and what it returns.
 
-A pass packs a weight with what stands here and emits the operator, with its body of standard operators, through `graphq.functions`;
-a kernel computes the same. Neither knows the other: both are tested against the numpy references below.
-
-Notation, in all docstrings:
-
-    M       rows of x, all its leading axes together
-    K       reduction size
-    N       output channels
-    G       group size: weights along K that share a scale, K / S for a scale of S rows; G = K is one scale a channel
-    T       float16, bfloat16 or float32
-
-| operator | x | x_scale | weight | w_scale |
-|---|---|---|---|---|
-| W4A16Gemm | T `[..., M, K]` | | `int4-halves-v1` | T `[K / G, N]` |
-| W8A8Gemm | int8 `[..., M, K]` | float32 `[]` or `[..., M, 1]` | `int8-rows-v1` | float32 `[N]` |
-| W4A8Gemm | int8 `[..., M, K]` | float32 `[]` or `[..., M, 1]` | `int4-halves-v1` | float32 `[K / G, N]` |
-
-Weights are those of codes `[K, N]`; each operator also takes a bias, T `[N]`, as its last input, and returns T `[..., M, N]`.
-There are no attributes: sizes follow from shapes, so that one function serves all nodes of a model. A layer without a bias has one
-of zeros. Codes are symmetric: there are no zero points.
-
-Packed layouts. Both keep the reduction axis innermost, because that is how tensor cores take 8-bit operands (of `[K, N]` they would
-have to be transposed in registers), and so that 16 consecutive bytes belong to one channel.
-
-- `int8-rows-v1`: int8 `[N, K]`, the transposed codes.
-- `int4-halves-v1`: uint8 `[N, 32 * ceil(K / 64)]`. Byte `32 b + i` of a channel holds the code of row `64 b + i` in its low
-  nibble and that of row `64 b + 32 + i` in its high one, `i < 32`, each plus 8; K is padded with zeros to a multiple of 64.
-  Unpacking a byte thus never interleaves: low and high nibbles are two runs of 32 rows, each within one group if 32 divides G.
+A pass packs operands with what stands in `graphq.ops_gemm` and `graphq.ops_softmax` and emits the operator, with its body of standard
+operators, through `graphq.functions`; a kernel computes the same. Neither knows the other: both are tested against the references.
+Contracts are as wide as the kernels: what no kernel takes is not written as an operator.
 """
 
 from __future__ import annotations
@@ -39,148 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from graphq import ops_gemm, ops_softmax
 from graphq.errors import UsageError
 from graphq.names import unknown_name
+from graphq.operands import FLOATS, HALVES, Operands, dtype_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-RUN = 32
-"""Rows of a weight in consecutive nibbles of `int4-halves-v1`; groups are multiples of it."""
-OFFSET = 8
-"""What `int4-halves-v1` adds to a code, so that nibbles are not negative."""
-MAX_K = (2**31 - 1) // 128**2
-"""Longest sum of products of two int8 that an int32 holds, whatever the values."""
-
-_FLOATS = ("float16", "bfloat16", "float32")
-
-# ---- packed layouts -------------------------------------------------------------------------------------------------
-
-
-def pack_int4(codes: Array) -> Array:
-    """`int4-halves-v1` of codes `[K, N]`, integers in [-8, 7]: uint8 `[N, 32 * ceil(K / 64)]`.
-
-    Raises:
-        UsageError: a code does not fit into 4 bits.
-    """
-    if codes.size and not -OFFSET <= int(codes.min()) <= int(codes.max()) < OFFSET:
-        raise UsageError(
-            f"Codes from {codes.min()} to {codes.max()} do not fit into 4 bits.", expected="symmetric codes, -8 to 7, without a zero point"
-        )
-    k, n = codes.shape
-    nibbles = np.full((n, packed_width(k) * 2), OFFSET, np.uint8)
-    nibbles[:, :k] = codes.T + OFFSET
-    low, high = np.moveaxis(nibbles.reshape(n, -1, 2, RUN), 2, 0)
-    return (low | high << 4).reshape(n, -1)
-
-
-def unpack_int4(packed: Array, k: int) -> Array:
-    """The codes `[K, N]`, int8, of which `packed` is the `int4-halves-v1`."""
-    runs = packed.reshape(len(packed), -1, 1, RUN)
-    nibbles = np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(packed), -1)
-    return np.ascontiguousarray(nibbles[:, :k].T.astype(np.int8) - OFFSET)
-
-
-def packed_width(k: int) -> int:
-    """Bytes of a channel of K codes in `int4-halves-v1`."""
-    return RUN * -(-k // (2 * RUN))
-
-
-def pack_int8(codes: Array) -> Array:
-    """`int8-rows-v1` of codes `[K, N]`: int8 `[N, K]`."""
-    return np.ascontiguousarray(codes.T.astype(np.int8))
-
-
-def unpack_int8(packed: Array) -> Array:
-    """The codes `[K, N]`, int8, of which `packed` is the `int8-rows-v1`."""
-    return np.ascontiguousarray(packed.T)
-
-
-# ---- references -----------------------------------------------------------------------------------------------------
-
-
-def w4a16_gemm(x: Array, weight: Array, w_scale: Array, bias: Array) -> Array:
-    """`x @ (codes * w_scale) + bias`: weights are rounded to T once dequantized, sums are float32, the result is rounded to T."""
-    codes = unpack_int4(weight, x.shape[-1])
-    dequantized = codes.astype(w_scale.dtype) * np.repeat(w_scale, len(codes) // len(w_scale), axis=0)
-    y = np.matmul(x.astype(np.float32), dequantized.astype(np.float32)) + bias.astype(np.float32)
-    return np.asarray(y.astype(x.dtype))
-
-
-def w8a8_gemm(x: Array, weight: Array, x_scale: Array, w_scale: Array, bias: Array) -> Array:
-    """`(x @ codes) * (x_scale * w_scale) + bias`: the sums are exact, what follows is float32, the result is rounded to T."""
-    sums = _exact_matmul(x, unpack_int8(weight))
-    y = sums.astype(np.float32) * (x_scale * w_scale) + bias.astype(np.float32)
-    return np.asarray(y.astype(bias.dtype))
-
-
-def w4a8_gemm(x: Array, weight: Array, x_scale: Array, w_scale: Array, bias: Array) -> Array:
-    """`x_scale * sum over groups of (x @ codes) * w_scale + bias`: exact within a group, float32 beyond, the result is rounded to T."""
-    codes = unpack_int4(weight, x.shape[-1])
-    groups = zip(np.split(x, len(w_scale), axis=-1), np.split(codes, len(w_scale)), w_scale, strict=True)
-    y = sum(_exact_matmul(part, rows).astype(np.float32) * scale for part, rows, scale in groups) * x_scale
-    return np.asarray((y + bias.astype(np.float32)).astype(bias.dtype))
-
-
-def _exact_matmul(x: Array, codes: Array) -> Array:
-    """int32; computed as float64, which holds such sums exactly and has a fast product."""
-    return np.matmul(x.astype(np.float64), codes.astype(np.float64)).astype(np.int32)
-
-
-# ---- bodies ---------------------------------------------------------------------------------------------------------
-
-_UNPACK = f"""
-  fifteen = Constant <value = uint8 {{15}}> ()
-  four = Constant <value = uint8 {{4}}> ()
-  runs = Constant <value = int64[3] {{0, -1, {RUN}}}> ()
-  rows = Constant <value = int64[2] {{0, -1}}> ()
-  first = Constant <value = int64[1] {{0}}> ()
-  axis = Constant <value = int64[1] {{1}}> ()
-  rest = Constant <value = int64[1] {{-1}}> ()
-  low = BitwiseAnd (weight, fifteen)
-  high = BitShift <direction = "RIGHT"> (weight, four)
-  low_runs = Reshape (low, runs)
-  high_runs = Reshape (high, runs)
-  both = Concat <axis = 2> (low_runs, high_runs)
-  padded = Reshape (both, rows)
-  k = Shape <start = -1> (x)
-  nibbles = Slice (padded, first, k, axis)
-  offset = Constant <value = float {{{OFFSET}}}> ()
-  unsigned = Cast <to = 1> (nibbles)
-  codes = Sub (unsigned, offset)
-  groups = Shape <start = 0, end = 1> (w_scale)
-  n = Shape <start = 0, end = 1> (weight)
-  grouped_shape = Concat <axis = 0> (n, groups, rest)
-  grouped = Reshape (codes, grouped_shape)
-  typed = CastLike (grouped, w_scale)
-  turned = Transpose (w_scale)
-  scales = Unsqueeze (turned, rest)
-  scaled = Mul (typed, scales)
-  dequantized_rows = Reshape (scaled, rows)
-  dequantized = Transpose (dequantized_rows)"""
-
-_W4A16 = f"""W4A16Gemm (x, weight, w_scale, bias) => (y) {{{_UNPACK}
-  product = MatMul (x, dequantized)
-  y = Add (product, bias)
-}}"""
-
-_RESCALE = """
-  rescaled = Mul (product, x_scale)
-  bias_float = Cast <to = 1> (bias)
-  shifted = Add (rescaled, bias_float)
-  y = CastLike (shifted, bias)
-}"""
-
-_W8A8 = f"""W8A8Gemm (x, weight, x_scale, w_scale, bias) => (y) {{
-  codes = Transpose (weight)
-  sums = MatMulInteger (x, codes)
-  sums_float = Cast <to = 1> (sums)
-  product = Mul (sums_float, w_scale){_RESCALE}"""
-
-_W4A8 = f"""W4A8Gemm (x, weight, x_scale, w_scale, bias) => (y) {{{_UNPACK}
-  x_float = Cast <to = 1> (x)
-  product = MatMul (x_float, dequantized){_RESCALE}"""
-
-# ---- the contract ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,9 +28,11 @@ class Operator:
 
     Attributes:
         inputs: Names of its inputs in order, those of the reference's parameters.
-        layout: The packed layout of `weight`.
+        layout: The packed layout of its weight or its codes; empty if it has neither.
         body: ONNX text for `graphq.functions.call`; needs opset 18.
         reference: What it computes, on arrays.
+        check: Its contract, behind `graphq.ops.check`.
+        floats: Types that its kernel computes in; its body takes float32 as well.
     """
 
     name: str
@@ -199,27 +40,30 @@ class Operator:
     layout: str
     body: str
     reference: Callable[..., Array]
+    check: Callable[[Operands], tuple[tuple[int, ...], str]]
+    floats: tuple[str, ...] = FLOATS
 
 
-OPERATORS: Mapping[str, Operator] = MappingProxyType({
-    "W4A16Gemm": Operator("W4A16Gemm", ("x", "weight", "w_scale", "bias"), "int4-halves-v1", _W4A16, w4a16_gemm),
-    "W8A8Gemm": Operator("W8A8Gemm", ("x", "weight", "x_scale", "w_scale", "bias"), "int8-rows-v1", _W8A8, w8a8_gemm),
-    "W4A8Gemm": Operator("W4A8Gemm", ("x", "weight", "x_scale", "w_scale", "bias"), "int4-halves-v1", _W4A8, w4a8_gemm),
-})  # fmt: skip
+_INTEGER_GEMM = ("x", "weight", "x_scale", "w_scale", "bias")
+_ALL = (
+    Operator(
+        "W4A16Gemm", ("x", "weight", "w_scale", "bias"), ops_gemm.HALVES, ops_gemm.W4A16, ops_gemm.w4a16_gemm, ops_gemm.check, HALVES,
+    ),
+    Operator("W8A8Gemm", _INTEGER_GEMM, ops_gemm.ROWS, ops_gemm.W8A8, ops_gemm.w8a8_gemm, ops_gemm.check),
+    Operator("W4A8Gemm", _INTEGER_GEMM, ops_gemm.HALVES, ops_gemm.W4A8, ops_gemm.w4a8_gemm, ops_gemm.check),
+    Operator("SULQSoftmax", ("x", "params"), "", ops_softmax.SOFTMAX, ops_softmax.sulq_softmax, ops_softmax.check),
+    Operator("SULQSoftmaxCodes", ("x", "params"), ops_softmax.PACKED, ops_softmax.CODES, ops_softmax.sulq_softmax_codes, ops_softmax.check),
+    Operator(
+        "SULQAttentionValue", ("packed", "levels", "v"), ops_softmax.PACKED, ops_softmax.ATTENTION_VALUE, ops_softmax.sulq_attention_value,
+        ops_softmax.check,
+    ),
+)  # fmt: skip
+
+OPERATORS: Mapping[str, Operator] = MappingProxyType({operator.name: operator for operator in _ALL})
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """M, K, N and G of one product."""
-
-    m: int
-    k: int
-    n: int
-    g: int
-
-
-def check(name: str, operands: Mapping[str, Any], where: str = "") -> Sizes:
-    """The sizes of a product, once it is known that the operator `name` is defined for them.
+def check(name: str, operands: Mapping[str, Any], where: str = "") -> tuple[tuple[int, ...], str]:
+    """Shape and type of the result, once it is known that the operator `name` is defined for its operands.
 
     Args:
         operands: By input name: arrays, tensors, or whatever has a `shape` and a `dtype`.
@@ -230,29 +74,16 @@ def check(name: str, operands: Mapping[str, Any], where: str = "") -> Sizes:
     """
     if name not in OPERATORS:
         raise UsageError(**unknown_name("operator", name, OPERATORS))
-    shapes = {key: tuple(operands[key].shape) for key in OPERATORS[name].inputs}
-    dtypes = {key: str(operands[key].dtype).rpartition(".")[2] for key in OPERATORS[name].inputs}
+    operator = OPERATORS[name]
+    shapes = {key: tuple(operands[key].shape) for key in operator.inputs}
+    dtypes = {key: dtype_name(operands[key]) for key in operator.inputs}
+    return operator.check(Operands(name, shapes, dtypes, operator.floats, where))
 
-    def require(holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            what = f"{name} cannot take {key} of type {dtypes[key]} and shape {list(shapes[key])}."
-            raise UsageError(what, where=where or ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items()), expected=expected)
 
-    integer, by_row = "x_scale" in shapes, OPERATORS[name].layout == "int8-rows-v1"
-    require(dtypes["x"] in (("int8",) if integer else _FLOATS), "x", "int8" if integer else ", ".join(_FLOATS))
-    require(len(shapes["x"]) >= 2 and shapes["x"][-1] > 0, "x", "[..., M, K]")
-    *leading, k = shapes["x"]
-    require(not integer or k <= MAX_K, "x", f"at most {MAX_K} columns, else int32 sums overflow")
-    floats = _FLOATS if integer else (dtypes["x"],)
-    require(dtypes["bias"] in floats and len(shapes["bias"]) == 1 and shapes["bias"][0] > 0, "bias", f"{' or '.join(floats)} [N]")
-    (n,) = shapes["bias"]
-    stored, width, columns = ("int8", "K", k) if by_row else ("uint8", f"{RUN} * ceil(K / {2 * RUN})", packed_width(k))
-    require((dtypes["weight"], shapes["weight"]) == (stored, (n, columns)), "weight", f"{stored} [N, {width}] = {[n, columns]}")
-    groups = shapes["w_scale"][0] if len(shapes["w_scale"]) == 2 else 1
-    scale_type, scale_shape = "float32" if integer else dtypes["x"], "[N]" if by_row else "[K / G, N]"
-    fits = shapes["w_scale"] == ((n,) if by_row else (groups, n)) and groups > 0
-    require(dtypes["w_scale"] == scale_type and fits, "w_scale", f"{scale_type} {scale_shape} with N = {n}")
-    require(groups == 1 or k % (groups * RUN) == 0, "w_scale", f"one row, or as many as make groups of a multiple of {RUN} of K = {k}")
-    if integer:
-        require(dtypes["x_scale"] == "float32" and shapes["x_scale"] in ((), (*leading, 1)), "x_scale", f"float32 [] or {[*leading, 1]}")
-    return Sizes(int(np.prod(leading)), k, n, k // groups)
+def refusal(name: str, operands: Mapping[str, Any]) -> str | None:
+    """Why the operator `name` is not defined for its operands, in a line; None if it is."""
+    try:
+        check(name, operands)
+    except UsageError as error:
+        return f"{error.what.rstrip('.')}, but {error.expected}"
+    return None

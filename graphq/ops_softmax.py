@@ -1,4 +1,4 @@
-"""Operators of the domain `graphq` for attention weights that are quantized as they are made: contracts, references, bodies.
+"""Operators of the domain `graphq` for attention weights that are quantized as they are made: contracts, layouts, references, bodies.
 
     SULQSoftmax (x, params) => (y)                   softmax over the last axis, each weight replaced by its level
     SULQSoftmaxCodes (x, params) => (packed)         the same, as 4-bit codes
@@ -6,7 +6,7 @@
 
     M     rows: queries
     N     columns: keys, what a row sums over
-    D     width of a value
+    D     width of a value, at most `MAX_D`
     x     [.., M, N] float16, bfloat16 or float32; finite or -inf, which masks
     params  [5] float32: shift, center, scale of `LogParams`, then the logarithms `low` and `high` of the outermost levels
     levels  [16] float32: the level of each code, -8 first
@@ -20,16 +20,13 @@ levels by `exp`; `SULQSoftmaxCodes` takes up to 4, and as `levels` is a table, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogParams, LogUniform
-from graphq.names import unknown_name
-from graphq.ops import Operator
+from graphq.operands import Operands
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,7 +35,10 @@ PACKED = "int4-pairs-v1"
 
 Neighbours share a byte, because one thread of a softmax holds both. Bytes are int8: TensorRT gives plugins no uint8 tensors."""
 
-FLOATS = ("float16", "bfloat16", "float32")
+MAX_D = 256
+"""Widest values: a program of the kernel holds whole rows of the result in registers."""
+
+# ---- bodies ---------------------------------------------------------------------------------------------------------
 
 _WEIGHTS = """
   shift, center, scale, low, high = Split <axis: int = 0, num_outputs: int = 5> (params)
@@ -60,16 +60,16 @@ _WEIGHTS = """
   ratio = Div (offset, scale)
   code = Round (ratio)"""
 
-BODIES = {
-    "SULQSoftmax": f"""SULQSoftmax (x, params) => (y) {{
+SOFTMAX = f"""SULQSoftmax (x, params) => (y) {{
   wide = Cast <to: int = 1> (x){_WEIGHTS}
   steps = Mul (code, scale)
   level = Add (steps, center)
   unshifted = Exp (level)
   kept = Sub (unshifted, shift)
   y = CastLike (kept, x)
-}}""",
-    "SULQSoftmaxCodes": f"""SULQSoftmaxCodes (x, params) => (packed) {{
+}}"""
+
+CODES = f"""SULQSoftmaxCodes (x, params) => (packed) {{
   float_x = Cast <to: int = 1> (x)
   columns = Shape <start: int = -1> (x)
   two = Constant <value = int64[1] {{2}}> ()
@@ -92,8 +92,9 @@ BODIES = {
   high_nibble = Mul (odd_columns, sixteen)
   byte = Add (low_nibble, high_nibble)
   packed = Cast <to: int = 3> (byte)
-}}""",
-    "SULQAttentionValue": """SULQAttentionValue (packed, levels, v) => (y) {
+}}"""
+
+ATTENTION_VALUE = """SULQAttentionValue (packed, levels, v) => (y) {
   byte = Cast <to: int = 1> (packed)
   sixteen = Constant <value = float {16.0}> ()
   eight = Constant <value = float {8.0}> ()
@@ -121,9 +122,10 @@ BODIES = {
   wide = Slice (padded, first, columns, last)
   weight = CastLike (wide, v)
   y = MatMul (weight, v)
-}""",
-}
-"""Text for `graphq.functions.call`, of operators of opset 18 and above."""
+}"""
+
+
+# ---- references -----------------------------------------------------------------------------------------------------
 
 
 def softmax_params(quantizer: LogUniform, params: LogParams) -> Array:
@@ -172,7 +174,6 @@ def _fitted(params: Array) -> tuple[LogUniform, LogParams]:
 
 def sulq_attention_value(packed: Array, levels: Array, v: Array) -> Array:
     """What `SULQAttentionValue` computes, with sums in float32."""
-    check("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v})
     weight = levels[unpack_codes(packed).astype(np.intp) + 8][..., : v.shape[-2]].astype(v.dtype)
     return (weight.astype(np.float32) @ v.astype(np.float32)).astype(v.dtype)
 
@@ -188,51 +189,27 @@ def unpack_codes(packed: Array) -> Array:
     return np.stack([low, high], -1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-OPERATORS: Mapping[str, Operator] = MappingProxyType({
-    name: Operator(name, inputs, layout, BODIES[name], reference)
-    for name, inputs, layout, reference in (
-        ("SULQSoftmax", ("x", "params"), "", sulq_softmax),
-        ("SULQSoftmaxCodes", ("x", "params"), PACKED, sulq_softmax_codes),
-        ("SULQAttentionValue", ("packed", "levels", "v"), PACKED, sulq_attention_value),
-    )
-})  # fmt: skip
+# ---- the contract ---------------------------------------------------------------------------------------------------
 
 
-def dtype_name(operand: Any) -> str:
-    """`float16`, of an array or a tensor."""
-    return str(operand.dtype).rpartition(".")[2]
-
-
-def check(name: str, operands: Mapping[str, Any], where: str = "") -> tuple[tuple[int, ...], str]:
-    """Shape and type of the result, once it is known that the operator `name` is defined for its operands.
-
-    Args:
-        operands: By input name: arrays, tensors, or whatever has a `shape` and a `dtype`.
-        where: What to call the place in an error, such as a node.
+def check(found: Operands) -> tuple[tuple[int, ...], str]:
+    """Shape and type of the result, once it is known that the operator is defined.
 
     Raises:
-        UsageError: an operand has a wrong shape or type; the message states what it must be.
+        UsageError: an operand has a wrong shape or type.
     """
-    if name not in OPERATORS:
-        raise UsageError(**unknown_name("operator", name, OPERATORS))
-    shapes = {key: tuple(operands[key].shape) for key in OPERATORS[name].inputs}
-    dtypes = {key: dtype_name(operands[key]) for key in OPERATORS[name].inputs}
-
-    def require(holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            what = f"{name} cannot take {key} of type {dtypes[key]} and shape {list(shapes[key])}."
-            raise UsageError(what, where=where or ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items()), expected=expected)
-
+    name, shapes, dtypes, require = found.name, found.shapes, found.dtypes, found.require
     table, size = ("levels", 16) if name == "SULQAttentionValue" else ("params", 5)
     require((dtypes[table], shapes[table]) == ("float32", (size,)), table, f"float32 [{size}]")
     if name == "SULQAttentionValue":
         packed, v = shapes["packed"], shapes["v"]
-        require(dtypes["v"] in FLOATS and len(v) >= 2, "v", f"{', '.join(FLOATS)} [..., N, D]")
+        require(dtypes["v"] in found.floats and len(v) >= 2, "v", f"{' or '.join(found.floats)} [..., N, D]")
+        require(v[-1] <= MAX_D, "v", f"D of at most {MAX_D}")
         fits = len(packed) == len(v) and packed[:-2] == v[:-2] and packed[-1] == (v[-2] + 1) // 2
         require(
             dtypes["packed"] == "int8" and fits, "packed", f"int8 [..., M, ceil(N / 2)] with N = {v[-2]} and leading axes {list(v[:-2])}"
         )
         return (*packed[:-1], v[-1]), dtypes["v"]
     x = shapes["x"]
-    require(dtypes["x"] in FLOATS and len(x) >= 1 and x[-1] > 0, "x", f"{', '.join(FLOATS)} [..., N] with N of at least 1")
+    require(dtypes["x"] in found.floats and len(x) >= 1 and x[-1] > 0, "x", f"{' or '.join(found.floats)} [..., N] with N of at least 1")
     return ((*x[:-1], (x[-1] + 1) // 2), "int8") if name == "SULQSoftmaxCodes" else (x, dtypes["x"])

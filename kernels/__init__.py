@@ -13,7 +13,7 @@ CATALOG = {
     "SULQSoftmaxCodes": "graphq.kernels.sulq_softmax.kernel:sulq_softmax_codes",
     "SULQAttentionValue": "graphq.kernels.sulq_softmax.kernel:sulq_attention_value",
 }
-"""Operator of `graphq.ops` or `graphq.ops_softmax` -> "module:function" that computes it, imported when asked for."""
+"""Operator of `graphq.ops` -> "module:function" that computes it, imported when asked for."""
 
 PLUGINS = ("sulq_softmax", "w4a16_gemm", "w4a8_gemm", "w8a8_gemm")
 """Folders with a module `plugin`."""

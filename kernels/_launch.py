@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 
-from graphq import ops
+from graphq import ops, ops_gemm
 from graphq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,15 +89,15 @@ def arch_of(tensor: torch.Tensor) -> int:
     return 90
 
 
-def prepare(name: str, out: torch.Tensor, **operands: torch.Tensor) -> tuple[ops.Sizes, torch.Tensor]:
+def prepare(name: str, out: torch.Tensor, **operands: torch.Tensor) -> tuple[ops_gemm.Sizes, torch.Tensor]:
     """The sizes of a product and x as `[M, K]`, without a copy, once all tensors are known to be what the kernels of operator `name` take.
 
     Raises:
         UsageError: a tensor has a wrong shape, type or layout in memory, or lies on another device.
     """
-    sizes = ops.check(name, operands)
-    x, bias = operands["x"], operands["bias"]
-    require_memory(name, out, (*x.shape[:-1], sizes.n), str(bias.dtype), operands, strided="x")
+    shape, dtype = ops.check(name, operands)
+    require_memory(name, out, shape, f"torch.{dtype}", operands, strided="x")
+    x, sizes = operands["x"], ops_gemm.sizes(operands)
     try:
         return sizes, x.view(-1, sizes.k)
     except RuntimeError as error:

@@ -17,23 +17,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from graphq.errors import UsageError
+from graphq.operands import Operand
 
 from ._compile import Compiled, compile_launch
 from ._launch import Launch
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """What `check` of an operator wants to know of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def operands(**descs: Any) -> dict[str, Operand]:
@@ -52,7 +45,7 @@ def operands(**descs: Any) -> dict[str, Operand]:
 
 
 def as_packed(found: dict[str, Operand]) -> dict[str, Operand]:
-    """`found` with its packed weight as `graphq.ops` has it, in uint8: TensorRT holds the same bytes as int8."""
+    """`found` with its packed weight as `graphq.ops_gemm` has it, in uint8: TensorRT holds the same bytes as int8."""
     if found["weight"].dtype != "int8":
         raise UsageError(f"A plugin cannot take a packed weight of type {found['weight'].dtype}.", expected="its bytes as int8")
     return found | {"weight": replace(found["weight"], dtype="uint8")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphq import ir, ops, ops_softmax
+from graphq import ir, ops
 from graphq.editor import Editor
 
 NODE_ATTRIBUTES = {"plugin_namespace": "graphq", "plugin_version": "1", "aot": 1}
@@ -15,7 +15,7 @@ def bind_plugins(model: ir.Model) -> None:
 
     The functions go, since the parser would put their bodies in; packed weights become int8, because plugins have no uint8 tensors.
     """
-    edit, names = Editor(model), {*ops.OPERATORS, *ops_softmax.OPERATORS}
+    edit, names = Editor(model), set(ops.OPERATORS)
     for node in [node for node in ir.all_nodes(model) if node.domain == ir.DOMAIN and node.op_type in names]:
         for name, value in NODE_ATTRIBUTES.items():
             edit.set_attribute(node, name, value)

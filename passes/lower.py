@@ -8,15 +8,17 @@ body of standard operators: any runtime runs the result, slowly; with `--engine 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import Field
 
-from graphq import functions, ir, linear, ops
-from graphq.errors import GraphqError, TargetError
+from graphq import functions, ir, linear, ops, ops_gemm
+from graphq.errors import TargetError
 from graphq.exclude import is_excluded, require_matches
+from graphq.operands import Operand
 from graphq.passes import _lower_softmax
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
@@ -27,21 +29,39 @@ _ALL: tuple[OperatorName, ...] = get_args(OperatorName)
 
 @dataclass(frozen=True)
 class Codes:
-    """What a DequantizeLinear of a weight reads: codes `[K, N]`, and scales `[K / G, N]`."""
+    """What the DequantizeLinear of a weight reads.
+
+    Attributes:
+        codes: `[K, N]`.
+        scale: `[K / G, N]`.
+        storage: `int4` or `int8`.
+        key: Names the two wherever they are read: a weight that several products share is packed once.
+    """
 
     codes: np.ndarray
     scale: np.ndarray
     storage: str
+    key: Hashable
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a MatMul or Gemm becomes; `dtype` is the float type that it computes in."""
+
+    operator: OperatorName
+    weight: Codes
+    dtype: np.dtype
 
 
 @pass_options
 class Lower(Pass):
-    """Replaces quantized MatMul and Gemm by the operators that graphq has kernels for.
+    """Replaces quantized MatMul, Gemm and Softmax by the operators that graphq has kernels for.
 
     Attributes:
         operators: Which of them to write.
-        min_size: Fewest weights that are worth it; smaller products are left to the runtime.
-        exclude: Patterns of node names (or operator types) that stay as they are.
+        min_size: Fewest weights that are worth it; smaller products are left to the runtime. Attention has none, and is not asked.
+        exclude: Patterns of node names (or operator types) that stay as they are. Of attention, those of a softmax or its quantizer keep
+            both; where the product is excluded, the softmax writes levels for it.
     """
 
     name: ClassVar[str] = "lower"
@@ -59,21 +79,29 @@ class Lower(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        kept: dict[ir.Node, str] = {}
         for node in [node for node in model.graph if node.domain == ir.DOMAIN and "Softmax" not in node.op_type]:
-            if _is_behind_softmax(node) and (why := _lower_softmax.lower(node, ctx, self.operators)):
-                ctx.skip(node, why)
+            if _is_behind_softmax(node):
+                attention = _lower_softmax.plan(node, self.operators, self.exclude)
+                if isinstance(attention, str):
+                    ctx.skip(node, attention)
+                else:
+                    kept |= {use.node: attention.reason for use in ir.uses(node.outputs[0]) if attention.reason}
+                    _lower_softmax.write(attention, ctx)
         for node in [node for node in model.graph if not node.domain and node.op_type in ("Gemm", "MatMul")]:
-            weight = _weight(node)
-            if isinstance(weight, str):
-                ctx.skip(node, weight)
-            elif reason := self._refusal(node, weight):
-                ctx.skip(node, reason)
+            found = kept.get(node) or self._product(node)
+            if isinstance(found, str):
+                ctx.skip(node, found)
             else:
-                _lower(node, weight, ctx)
+                _lower(node, found, ctx)
         ctx.edit.prune()
 
-    def _refusal(self, node: ir.Node, weight: Codes) -> str | None:
-        name = _operator(node, weight)
+    def _product(self, node: ir.Node) -> Product | str:
+        """What `node` becomes, or why it stays."""
+        weight = _weight(node)
+        if isinstance(weight, str):
+            return weight
+        name, dtype = _operator(node, weight), _float_type(node)
         if is_excluded(node, self.exclude):
             return "excluded by the recipe"
         if name is None:
@@ -84,11 +112,12 @@ class Lower(Pass):
             return f"it has fewer than {self.min_size} weights"
         if node.op_type == "Gemm" and not _is_plain(node):
             return "it scales or transposes its data, or its bias is not a constant of one number a channel"
-        try:
-            ops.check(name, _operands(node, weight, name))
-        except GraphqError as error:
-            return f"{name} is not defined for it: {error.what}"
-        return None
+        if name == "W8A8Gemm" and len(weight.scale) > 1:
+            return "W8A8Gemm takes one scale a channel, not one a group"
+        if str(dtype) not in ops.OPERATORS[name].floats:
+            return f"no kernel of {name} takes {dtype}; put cast-float before lower"
+        product = Product(name, weight, dtype)
+        return ops.refusal(name, _operands(node, product)) or product
 
 
 def _is_behind_softmax(node: ir.Node) -> bool:
@@ -118,7 +147,7 @@ def _weight(node: ir.Node) -> Codes | str:
         scales = np.broadcast_to(scale, (1, rows.shape[1]))
     else:
         return "its scales lie along the axis that is summed over"
-    return Codes(rows, np.ascontiguousarray(scales), storage)
+    return Codes(rows, np.ascontiguousarray(scales), storage, (maker.inputs[0], maker.inputs[1], inputs))
 
 
 def _activation(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
@@ -129,6 +158,7 @@ def _activation(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     codes, scale, zero = (*maker.inputs, None)[:3]
     offset = None if zero is None else ir.constant(zero)
     fits = codes is not None and str(codes.dtype).lower() == "int8" and ir.shape_of(scale) == () and (zero is None or offset is not None)
+    fits = fits and (ir.constant(scale) is not None or scale.dtype == ir.DataType.FLOAT)  # type: ignore[union-attr]
     return (codes, scale) if fits and not np.any(offset or 0) else None  # type: ignore[return-value]
 
 
@@ -145,41 +175,48 @@ def _is_plain(node: ir.Node) -> bool:
     return factors == [1.0, 1.0] and not ir.attribute(node, "transA", 0) and (bias is None or len(shape) == 1)
 
 
-def _operands(node: ir.Node, weight: Codes, name: OperatorName) -> dict[str, np.ndarray]:
-    """The operands of the operator `name`; `x` stands in by its shape, with every open axis 1."""
-    kind = _float_type(node)
-    outputs, found = weight.codes.shape[1], {}
-    shape = tuple(size if isinstance(size, int) else 1 for size in ir.shape_of(linear.data_of(node)) or (1, len(weight.codes)))
-    found["x"] = np.zeros(shape, np.int8 if name != "W4A16Gemm" else kind)
-    found["weight"] = ops.pack_int8(weight.codes) if name == "W8A8Gemm" else ops.pack_int4(weight.codes)
-    if name != "W4A16Gemm":
-        found["x_scale"] = np.zeros((), np.float32)
-    scale = weight.scale[0] if name == "W8A8Gemm" else weight.scale
-    found["w_scale"] = scale.astype(kind if name == "W4A16Gemm" else np.float32)
-    bias = ir.constant(linear.bias_of(node)) if node.op_type == "Gemm" else None
-    found["bias"] = np.zeros(outputs, kind) if bias is None else np.broadcast_to(bias, (outputs,)).astype(kind)
-    return found
-
-
 def _float_type(node: ir.Node) -> np.dtype:
     """The float type that `node` computes in."""
     dtype = node.outputs[0].dtype
     return np.dtype(np.float32 if dtype is None else dtype.numpy())
 
 
-def _lower(node: ir.Node, weight: Codes, ctx: PassContext) -> None:
-    name = _operator(node, weight)
-    assert name is not None
-    arrays, data, stem = _operands(node, weight, name), _activation(node), node.name or node.outputs[0].name or "product"
-    values: dict[str, ir.Value | None] = {
-        key: ctx.edit.initializer(f"{stem}_{key}", arrays[key]) for key in ops.OPERATORS[name].inputs if key not in ("x", "x_scale")
+def _operands(node: ir.Node, product: Product) -> dict[str, Operand]:
+    """What the contract looks at, before anything is packed; open axes of `x` are taken to be 1."""
+    weight, dtype, integer = product.weight, str(product.dtype), product.operator != "W4A16Gemm"
+    (k, n), by_row = weight.codes.shape, product.operator == "W8A8Gemm"
+    *leading, last = ir.shape_of(linear.data_of(node)) or (1, k)
+    shape = (*(size if isinstance(size, int) else 1 for size in leading), last if isinstance(last, int) else k)
+    return {
+        "x": Operand(shape, "int8" if integer else dtype),
+        "x_scale": Operand((), "float32"),
+        "weight": Operand((n, k), "int8") if by_row else Operand((n, ops_gemm.packed_width(k)), "uint8"),
+        "w_scale": Operand((n,) if by_row else weight.scale.shape, "float32" if integer else dtype),
+        "bias": Operand((n,), dtype),
     }
-    values["x"], values["x_scale"] = (linear.data_of(node), None) if data is None else (data[0], data[1])
-    if name != "W4A16Gemm" and data is not None and data[1].dtype != ir.DataType.FLOAT:
-        scale = ir.constant(data[1])
-        assert scale is not None
-        values["x_scale"] = ctx.edit.initializer(f"{stem}_x_scale", scale.astype(np.float32))
-    out = node.outputs[0]
+
+
+def _lower(node: ir.Node, product: Product, ctx: PassContext) -> None:
+    name, weight, dtype = product.operator, product.weight, product.dtype
+    data, stem, out = _activation(node), node.name or node.outputs[0].name or "product", node.outputs[0]
+    by_row, floats = name == "W8A8Gemm", dtype if data is None else np.dtype(np.float32)
+    pack = ops_gemm.pack_int8 if by_row else ops_gemm.pack_int4
+
+    def shared(key: str, what: Hashable, make: Callable[[], np.ndarray], storage: str) -> ir.Value:
+        return ctx.edit.shared((name, key, what, storage), f"{stem}_{key}", make, storage)
+
+    bias = ir.constant(linear.bias_of(node)) if node.op_type == "Gemm" else None
+    offsets = np.zeros(weight.codes.shape[1], dtype) if bias is None else np.broadcast_to(bias, weight.codes.shape[1:]).astype(dtype)
+    scale = weight.scale[0] if by_row else weight.scale
+    values: dict[str, ir.Value] = {
+        "x": linear.data_of(node) if data is None else data[0],
+        "weight": shared("weight", weight.key, lambda: pack(weight.codes), "int8" if by_row else "uint8"),
+        "w_scale": shared("w_scale", weight.key, lambda: scale.astype(floats), str(floats)),
+        "bias": shared("bias", offsets.tobytes(), lambda: offsets, str(dtype)),
+    }
+    if data is not None:
+        step = ir.constant(data[1]) if data[1].dtype != ir.DataType.FLOAT else None
+        values["x_scale"] = data[1] if step is None else shared("x_scale", data[1], lambda: step.astype(np.float32), "float32")
     operands = [values[key] for key in ops.OPERATORS[name].inputs]
     result = functions.call(ctx.edit, ops.OPERATORS[name].body, node, operands, output=f"{out.name}_lowered", like=out)
     ctx.edit.replace(out, result)

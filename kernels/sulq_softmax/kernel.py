@@ -13,7 +13,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from graphq.errors import UsageError
-from graphq.ops_softmax import check, dtype_name
+from graphq.operands import dtype_name
+from graphq.ops import check
+from graphq.ops_softmax import MAX_D
 
 from .._launch import INTERPRETED, Launch, require_memory
 
@@ -156,10 +158,10 @@ def attention_launch(batch: int, rows: int, columns: int, depth: int, dtype: str
     """The launch for products of `rows` rows of codes with values of width `depth` and type `dtype`.
 
     Raises:
-        UsageError: values are wider than 256.
+        UsageError: values are wider than `MAX_D`.
     """
-    if depth > 256:
-        raise UsageError(f"Values of width {depth} are too wide for one block.", expected="D of at most 256")
+    if depth > MAX_D:
+        raise UsageError(f"Values of width {depth} are too wide for one block.", expected=f"D of at most {MAX_D}")
     group = min(64, max(16, triton.next_power_of_2(rows)))
     constants = {"BLOCK_ROWS": group, "BLOCK_BYTES": 16, "BLOCK_DEPTH": max(16, triton.next_power_of_2(depth))}
     scalars = {"rows": rows, "columns": columns, "width": (columns + 1) // 2, "depth": depth}
@@ -195,7 +197,7 @@ def _softmax(name: str, x: torch.Tensor, params: torch.Tensor, out: torch.Tensor
 
 
 def sulq_attention_value(packed: torch.Tensor, levels: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-    """Write what `SULQAttentionValue` computes into `out`, [.., M, D] like v; all contiguous, D at most 256. Allocates nothing.
+    """Write what `SULQAttentionValue` computes into `out`, [.., M, D] like v; all contiguous, D at most `MAX_D`. Allocates nothing.
 
     Raises:
         UsageError: an operand has a wrong shape, type or layout.

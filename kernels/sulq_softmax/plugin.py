@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graphq.ops_softmax import check
+from graphq.ops import check
 
 from .._plugin import count, embed, operands
 from .kernel import attention_launch, softmax_launch

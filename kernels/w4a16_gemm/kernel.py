@@ -4,7 +4,7 @@ Two kernels. For few rows of x the weight's bytes are what costs: `_skinny` read
 are, and `_wide` turns bytes into their operands in registers. Both hold the weight as the left operand, `y^T = W^T x^T`: the left one
 may come from registers, so that unpacked weights never go through shared memory.
 
-README.md says why each trick is there. Layout, shapes, reference: `graphq.ops`.
+README.md says why each trick is there. Layout, shapes, reference: `graphq.ops_gemm`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from graphq import ops
+from graphq import ops, ops_gemm
 from graphq.errors import UsageError
 
 from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, prepare, require_rows
@@ -215,7 +215,7 @@ def configs(m: int) -> Iterator[Config]:
             yield Config(rows_, n, k, warps, stages)
 
 
-def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None, strides: tuple[int, int] | None = None) -> Launch:
+def launch(sizes: ops_gemm.Sizes, dtype: str, arch: int, config: Config | None = None, strides: tuple[int, int] | None = None) -> Launch:
     """The launch for a product.
 
     Args:
@@ -226,8 +226,9 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
     Raises:
         UsageError: there is no kernel for `dtype`.
     """
-    if dtype not in ("float16", "bfloat16"):
-        raise UsageError(f"w4a16_gemm has no kernel for {dtype}.", expected="float16 or bfloat16", hint="use the function's body")
+    floats = ops.OPERATORS["W4A16Gemm"].floats
+    if dtype not in floats:
+        raise UsageError(f"w4a16_gemm has no kernel for {dtype}.", expected=" or ".join(floats), hint="use the function's body")
     config = config or pick(TABLE, arch, sizes.m)
     require_rows(config, sizes.m)
     grouped = sizes.g != sizes.k
@@ -251,7 +252,7 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
 
 def w4a16_gemm(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor, out: torch.Tensor,
                config: Config | None = None) -> None:  # fmt: skip
-    """Write the product into `out`; operands as in `graphq.ops`, contiguous but for x; out is T `[..., M, N]`. Allocates nothing.
+    """Write the product into `out`; operands as in `graphq.ops_gemm`, contiguous but for x; out is T `[..., M, N]`. Allocates nothing.
 
     Raises:
         UsageError: an operand has a wrong shape, type or layout.

@@ -1,6 +1,6 @@
 """TensorRT plugin `graphq::W4A16Gemm`."""
 
-from graphq import ops
+from graphq import ops, ops_gemm
 
 from .._plugin import as_packed, embed_product, operands
 from .kernel import launch
@@ -21,5 +21,6 @@ def register(arch: int) -> None:
         outputs: tuple[trtp.TensorDesc], tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:  # fmt: skip
         found = as_packed(operands(x=x, weight=weight, w_scale=w_scale, bias=bias))
-        made = launch(ops.check("W4A16Gemm", found), found["x"].dtype, arch)
+        _, dtype = ops.check("W4A16Gemm", found)
+        made = launch(ops_gemm.sizes(found), dtype, arch)
         return embed_product(made, arch, x, weight)

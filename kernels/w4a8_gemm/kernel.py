@@ -3,7 +3,7 @@
 Two kernels: for few rows of x the weight's bytes are what costs, and `_skinny` reads each once, with many in flight; beyond, tensor
 cores are, and `_wide` turns bytes into their operands in registers. Both hold the weight as the left operand, which may come from there.
 
-README.md says why each trick is there. Layout, shapes, reference: `graphq.ops`.
+README.md says why each trick is there. Layout, shapes, reference: `graphq.ops_gemm`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from graphq import ops
+from graphq import ops_gemm
 
 from .._launch import INTERPRETED, Config, Launch, Table, arch_of, pick, prepare, require_rows
 
@@ -186,7 +186,7 @@ def configs(m: int) -> Iterator[Config]:
             yield Config(rows_, n, k, warps, stages)
 
 
-def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None, strides: tuple[int, int] | None = None,
+def launch(sizes: ops_gemm.Sizes, dtype: str, arch: int, config: Config | None = None, strides: tuple[int, int] | None = None,
            scale_per_row: bool = False) -> Launch:  # fmt: skip
     """The launch for a product.
 
@@ -217,7 +217,7 @@ def launch(sizes: ops.Sizes, dtype: str, arch: int, config: Config | None = None
 
 def w4a8_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor, out: torch.Tensor,
               config: Config | None = None) -> None:  # fmt: skip
-    """Write the product into `out`; operands as in `graphq.ops`, contiguous but for x; out is T `[..., M, N]`. Allocates nothing.
+    """Write the product into `out`; operands as in `graphq.ops_gemm`, contiguous but for x; out is T `[..., M, N]`. Allocates nothing.
 
     Raises:
         UsageError: an operand has a wrong shape, type or layout.

@@ -1,6 +1,6 @@
 """TensorRT plugin `graphq::W4A8Gemm`."""
 
-from graphq import ops
+from graphq import ops, ops_gemm
 
 from .._plugin import as_packed, embed_product, operands
 from .kernel import launch
@@ -23,5 +23,6 @@ def register(arch: int) -> None:
         outputs: tuple[trtp.TensorDesc], tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:  # fmt: skip
         found = as_packed(operands(x=x, weight=weight, x_scale=x_scale, w_scale=w_scale, bias=bias))
-        made = launch(ops.check("W4A8Gemm", found), found["bias"].dtype, arch, scale_per_row=x_scale.ndim > 0)
+        _, dtype = ops.check("W4A8Gemm", found)
+        made = launch(ops_gemm.sizes(found), dtype, arch, scale_per_row=x_scale.ndim > 0)
         return embed_product(made, arch, x, weight)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphq import ops
+from graphq import ops_gemm
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -63,7 +63,7 @@ def test_layers_and_rows_are_those_that_were_promised(script: Callable[[str], Mo
 
 def test_unpacking_is_that_of_the_core(torch: Any, script: Callable[[str], ModuleType]) -> None:
     codes = np.random.default_rng(0).integers(-8, 8, (70, 5))
-    found = script("gpu_cases").unpacked(torch.from_numpy(ops.pack_int4(codes)), 70)
+    found = script("gpu_cases").unpacked(torch.from_numpy(ops_gemm.pack_int4(codes)), 70)
     np.testing.assert_array_equal(found.numpy(), codes.T)
 
 

@@ -10,15 +10,16 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from graphq import ops_softmax
+from graphq import ops, ops_softmax
 from graphq.backends import tensorrt
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogParams, LogUniform
-from graphq.ops_softmax import BODIES, OPERATORS, code_levels, pack_codes, softmax, softmax_params, unpack_codes
+from graphq.ops_softmax import code_levels, pack_codes, softmax, softmax_params, unpack_codes
 from graphq.targets import get_target
 
 SHAPES = [(3, 1), (2, 8), (2, 3, 5, 197), (1, 2, 4, 64)]
 TYPES = [np.float32, np.float16]
+SOFTMAX = [name for name in ops.OPERATORS if name.startswith("SULQ")]
 
 
 def scores(shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
@@ -38,10 +39,10 @@ def calling(name: str, feeds: dict[str, np.ndarray]) -> onnx.ModelProto:
     """A model of one node that calls the function."""
     inputs = [onnx.helper.make_tensor_value_info(key, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
               for key, array in feeds.items()]  # fmt: skip
-    result = OPERATORS[name].reference(**feeds)
+    result = ops.OPERATORS[name].reference(**feeds)
     output = onnx.helper.make_tensor_value_info("out", onnx.helper.np_dtype_to_tensor_dtype(result.dtype), result.shape)
     graph = onnx.helper.make_graph([onnx.helper.make_node(name, list(feeds), ["out"], domain="graphq")], "g", inputs, [output])
-    function = onnx.parser.parse_function(f'<domain: "graphq", opset_import: ["" : 21]>\n{BODIES[name]}')
+    function = onnx.parser.parse_function(f'<domain: "graphq", opset_import: ["" : 21]>\n{ops.OPERATORS[name].body}')
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("graphq", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
     onnx.checker.check_model(model)
@@ -105,14 +106,14 @@ def test_body_of_attention_value(columns: int, runtime: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", SOFTMAX)
 def test_tensorrt_rtx_builds_the_bodies(name: str, dtype: Any, tmp_path: Path) -> None:
     """It has no plugins: engines hold the body."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")
     x, params = scores((2, 3, 7, 9), dtype), softmax_params(*fitted(scores((2, 3, 7, 9))))
     packed = ops_softmax.sulq_softmax_codes(x, params)
     operands = {"x": x, "params": params, "packed": packed, "levels": np.ones(16, np.float32), "v": np.zeros((2, 3, 9, 8), dtype)}
-    feeds = {key: operands[key] for key in OPERATORS[name].inputs}
+    feeds = {key: operands[key] for key in ops.OPERATORS[name].inputs}
     onnx.save(calling(name, feeds), tmp_path / "m.onnx")
     built = tensorrt.build(tmp_path / "m.onnx", {key: array.shape for key, array in feeds.items()}, get_target("tensorrt-rtx"))
     assert memoryview(built.engine).nbytes > 0
@@ -171,17 +172,18 @@ def test_refusals() -> None:
         ("SULQAttentionValue", {"packed": packed[:2], "levels": levels, "v": v}, r"packed of type int8 and shape \[2, 4, 5\]"),
         ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[:, :8]}, r"packed of type int8 and shape \[3, 4, 5\]"),
         ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": v[0, 0]}, "cannot take v"),
+        ("SULQAttentionValue", {"packed": packed, "levels": levels, "v": np.zeros((3, 9, 257), np.float16)}, "D of at most 256"),
         ("SULQ", {}, "SULQSoftmax"),
     ]:
         with pytest.raises(UsageError, match=message):
-            ops_softmax.check(operator, operands)
+            ops.check(operator, operands)
 
 
 def test_results_are_as_promised() -> None:
     x, params = scores((2, 3, 7), np.float16), softmax_params(*fitted(scores((2, 3, 7))))
     packed, levels, v = np.zeros((2, 3, 4), np.int8), np.ones(16, np.float32), np.zeros((2, 7, 6), np.float16)
-    for operator in OPERATORS.values():
+    for operator in [ops.OPERATORS[name] for name in SOFTMAX]:
         operands = {"x": x, "params": params, "packed": packed, "levels": levels, "v": v}
         taken = {key: operands[key] for key in operator.inputs}
         result = operator.reference(**taken)
-        assert (result.shape, result.dtype) == ops_softmax.check(operator.name, taken)
+        assert (result.shape, result.dtype) == ops.check(operator.name, taken)

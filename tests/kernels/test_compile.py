@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphq import ops
+from graphq import ops_gemm
 from graphq.errors import UsageError
 
 KERNELS = ("w4a16_gemm", "w8a8_gemm", "w4a8_gemm")
@@ -22,8 +22,8 @@ def module(name: str) -> Any:
     return importlib.import_module(f"graphq.kernels.{name}.kernel")
 
 
-def sizes(name: str, m: int) -> ops.Sizes:
-    return ops.Sizes(m, 4096, 4096, 4096 if name == "w8a8_gemm" else 128)
+def sizes(name: str, m: int) -> ops_gemm.Sizes:
+    return ops_gemm.Sizes(m, 4096, 4096, 4096 if name == "w8a8_gemm" else 128)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -63,7 +63,7 @@ def test_weights_are_read_in_wide_pieces_and_stay_operands(compiler: Any, name: 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_size_and_stride_compiles(compiler: Any, name: str) -> None:
     """Tails of K, groups of 32, x with strides of its own: what a plugin for any shape may ask for."""
-    odd = ops.Sizes(3, 1056, 100, 1056 if name == "w8a8_gemm" else 32)
+    odd = ops_gemm.Sizes(3, 1056, 100, 1056 if name == "w8a8_gemm" else 32)
     strided = compiler.compile_launch(module(name).launch(odd, "float16", 89, strides=(7, 5)), 89)
     assert strided.scalars[:5] == ("M", "N", "K", "stride_xm", "stride_xk")
     unaligned = compiler.compile_launch(module(name).launch(odd, "float16", 89), 89, unaligned=("M", "N", "K", "stride_xm"))

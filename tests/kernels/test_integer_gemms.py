@@ -1,4 +1,4 @@
-"""w8a8_gemm and w4a8_gemm compute what `graphq.ops` says, in the interpreter and on a GPU."""
+"""w8a8_gemm and w4a8_gemm compute what `graphq.ops_gemm` says, in the interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graphq import ops
+from graphq import ops, ops_gemm
 from graphq.errors import UsageError
 
 BOTH = pytest.mark.parametrize("name", ["W8A8Gemm", "W4A8Gemm"])
@@ -24,7 +24,7 @@ def operands(name: str, leading: tuple[int, ...], k: int, n: int, groups: int = 
     scale = rng.uniform(0.5, 1.5, (groups, n)) / ((8 if short else 128) * np.sqrt(k))
     return {
         "x": rng.integers(-128, 128, (*leading, k)).astype(np.int8),
-        "weight": ops.pack_int4(codes) if short else ops.pack_int8(codes),
+        "weight": ops_gemm.pack_int4(codes) if short else ops_gemm.pack_int8(codes),
         "x_scale": np.asarray(rng.uniform(0.01, 0.03, (*leading, 1) if per_row else ()).astype(np.float32)),
         "w_scale": (scale if short else scale[0]).astype(np.float32),
         "bias": rng.standard_normal(n).astype(dtype),
@@ -91,7 +91,7 @@ def test_extreme_codes_are_exact(run: Any, name: str, config: dict[str, Any]) ->
     values = operands(name, (16,), k, 8, per_row=False)
     x = np.full((16, k), -128, np.int8)
     x[:, 0] = 127 - np.arange(16)
-    pack = ops.pack_int4 if name == "W4A8Gemm" else ops.pack_int8
+    pack = ops_gemm.pack_int4 if name == "W4A8Gemm" else ops_gemm.pack_int8
     values |= {"x": x, "weight": pack(np.full((k, 8), least)), "x_scale": np.asarray(np.float32(1)), "bias": np.zeros(8, np.float32)}
     values["w_scale"] = np.full_like(values["w_scale"], 2.0**-10)
     expected = np.repeat((x.astype(np.int64).sum(axis=1) * least * 2.0**-10)[:, None], 8, axis=1)

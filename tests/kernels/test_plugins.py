@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graphq import kernels, ops, ops_softmax
+from graphq import kernels, ops, ops_gemm, ops_softmax
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogUniform
 
@@ -161,14 +161,14 @@ def test_one_kernel_serves_all_shapes_of_an_engine(
 def test_grid_of_a_product_covers_rows_and_channels(trt: Any) -> None:
     from graphq.kernels.w8a8_gemm import kernel
 
-    launch = kernel.launch(ops.Sizes(300, 64, 130, 64), "float32", ARCH, scale_per_row=True)
+    launch = kernel.launch(ops_gemm.Sizes(300, 64, 130, 64), "float32", ARCH, scale_per_row=True)
     assert build(trt, *CASES["w8a8, scale a row"]).grid == launch.programs > 1
 
 
 def test_every_operator_is_a_plugin_with_its_inputs(trt: Any) -> None:
     from tensorrt.plugin._lib import QDP_REGISTRY
 
-    operators = {**ops.OPERATORS, **ops_softmax.OPERATORS}
+    operators = ops.OPERATORS
     plugins = {name: plugin for name, plugin in QDP_REGISTRY.items() if name.startswith("graphq::")}
     inputs = {name: tuple(plugin.input_tensor_names) for name, plugin in plugins.items()}
     assert inputs == {f"graphq::{name}": operator.inputs for name, operator in operators.items()}
@@ -295,7 +295,7 @@ def test_what_tensorrt_launches_computes_the_operator(trt: Any, case: str) -> No
     """Tolerances: one code of 1000 may be the next one, for sums in another order; products have the rounding of their type."""
     operator, inputs = CASES[case]
     built = build(trt, operator, inputs)
-    contract = {**ops.OPERATORS, **ops_softmax.OPERATORS}[operator]
+    contract = ops.OPERATORS[operator]
     rng = np.random.default_rng(0)
     operands = {name: random(name, kind, shape, rng) for name, (kind, _, shape) in zip(contract.inputs, inputs, strict=True)}
     found = driver.launch(CUDA, built, list(operands.values()), np.full(built.shape, 85, DTYPES[built.dtype]))

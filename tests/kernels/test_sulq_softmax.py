@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graphq import ops_softmax
+from graphq import ops, ops_softmax
 from graphq.errors import UsageError
 from graphq.log_quantizers import LogUniform
 from graphq.ops_softmax import softmax_params, unpack_codes
@@ -122,7 +122,7 @@ def test_attention_value(run: Any, lead: tuple[int, ...], rows: int, columns: in
 def test_what_is_not_contiguous_is_refused(run: Any, operator: str, how: str) -> None:
     operands = {"x": scores((2, 5, 24)), "params": fitted(scores((2, 5, 24))), **product((2,), 5, 24, 16, np.float32)}
     with pytest.raises(UsageError, match=r"call \.contiguous\(\) first"):
-        run(operator, {key: operands[key] for key in ops_softmax.OPERATORS[operator].inputs}, how)
+        run(operator, {key: operands[key] for key in ops.OPERATORS[operator].inputs}, how)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_what_is_not_contiguous_is_refused(run: Any, operator: str, how: str) ->
         ("SULQSoftmax", {"x": np.zeros((2, 6))}, "x of type float64"),
         ("SULQSoftmaxCodes", {"params": np.ones(4, np.float32)}, "cannot take params"),
         ("SULQAttentionValue", {"v": np.zeros((9, 8), np.float32)}, "cannot take packed"),
-        ("SULQAttentionValue", {"v": np.zeros((6, 257), np.float32)}, "too wide for one block"),
+        ("SULQAttentionValue", {"v": np.zeros((6, 257), np.float32)}, "D of at most 256"),
     ],
 )
 def test_what_does_not_fit_is_refused(run: Any, operator: str, change: dict[str, np.ndarray], message: str) -> None:
     operands = {"x": np.zeros((2, 6), np.float32), "params": np.ones(5, np.float32), **product((), 4, 6, 8, np.float32), **change}
     with pytest.raises(UsageError, match=message):
-        run(operator, {key: operands[key] for key in ops_softmax.OPERATORS[operator].inputs})
+        run(operator, {key: operands[key] for key in ops.OPERATORS[operator].inputs})
 
 
 ARCHS = (80, 86, 89, 90, 120)

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from graphq import ops_softmax
+from graphq import ops
 from graphq.kernels import CATALOG
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -53,11 +53,8 @@ def compute(operator: str, operands: dict[str, np.ndarray], how: str, options: d
     tensors = {key: tensor(value) for key, value in operands.items()}
     first = next(iter(tensors))
     tensors[first] = laid_out(tensors[first], how)
-    if operator in ops_softmax.OPERATORS:
-        shape, name = ops_softmax.check(operator, tensors)
-        dtype = getattr(torch, name)
-    else:
-        shape, dtype = (*tensors["x"].shape[:-1], *tensors["bias"].shape), tensors["bias"].dtype
+    shape, name = ops.check(operator, tensors)
+    dtype = getattr(torch, name)
     unused = float("nan") if dtype.is_floating_point else 85
     memory = torch.full((math.prod(shape) + 64,), unused, dtype=dtype, device=DEVICE)
     out, guard = memory[:-64].view(shape), memory[-64:]

@@ -28,6 +28,22 @@ def _copy(proto: onnx.ModelProto) -> ir.Model:
     return onnx_ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
 
 
+@pytest.fixture
+def weighted() -> Callable[[str, np.random.Generator], ir.Model]:
+    """A model from ONNX text whose inputs but for x have become weights: normally distributed float32."""
+
+    def weighted(text: str, rng: np.random.Generator) -> ir.Model:
+        model = ir.from_onnx_text(text)
+        for value in [value for value in model.graph.inputs if value.name != "x"]:
+            model.graph.inputs.remove(value)
+            shape = tuple(int(size) for size in ir.shape_of(value) or ())  # type: ignore[arg-type]
+            value.const_value = ir.make_tensor(rng.normal(size=shape).astype(np.float32), "float32", value.name or "")
+            model.graph.register_initializer(value)
+        return model
+
+    return weighted
+
+
 # ---- insert-qdq -----------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -12,14 +13,15 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from graphq import block_floats, ir
+from graphq import block_floats, half, ir
 from graphq.backends import tensorrt
 from graphq.backends.engine_layers import facts, read_plan
 from graphq.block_floats import BLOCKS, FormatName
-from graphq.calibration import open_calibration
+from graphq.calibration import open_calibration, random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
 from graphq.passes.block_float import BlockFloat
+from graphq.passes.cast_float import CastFloat
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import PassContext, PassRecord, run_passes
 from graphq.targets import get_target
@@ -38,25 +40,32 @@ NET = """<ir_version: 10, opset_import: ["" : 21]>
 }"""
 
 
-def net() -> tuple[ir.Model, dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    model = ir.from_onnx_text(NET)
-    for value in [value for value in model.graph.inputs if value.name != "x"]:
-        model.graph.inputs.remove(value)
-        shape = tuple(int(size) for size in ir.shape_of(value) or ())  # type: ignore[arg-type]
-        value.const_value = ir.make_tensor(rng.normal(size=shape).astype(np.float32), "float32", value.name or "")
-        model.graph.register_initializer(value)
-    x = rng.normal(size=(8, 3, 64)).astype(np.float32)
-    x[0, 0] = 0  # whole blocks of zeros
-    return model, {"x": x * np.exp(2 * rng.normal(size=(1, 1, 64))).astype(np.float32)}
+Net = Callable[[], tuple[ir.Model, dict[str, np.ndarray]]]
+Converted = Callable[..., tuple[ir.Model, dict[str, np.ndarray], PassRecord]]
 
 
-def converted(target: str = "tensorrt", **options: Any) -> tuple[ir.Model, dict[str, np.ndarray], PassRecord]:
-    model, feeds = net()
-    data = open_calibration(feeds, ir.inputs(model))
-    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target(target))
-    _, record = run_passes([Normalize(), BlockFloat(**options)], ctx, verify_graph)
-    return model, feeds, record
+@pytest.fixture
+def net(weighted: Callable[[str, np.random.Generator], ir.Model]) -> Net:
+    def net() -> tuple[ir.Model, dict[str, np.ndarray]]:
+        rng = np.random.default_rng(0)
+        model = weighted(NET, rng)
+        x = rng.normal(size=(8, 3, 64)).astype(np.float32)
+        x[0, 0] = 0  # whole blocks of zeros
+        return model, {"x": x * np.exp(2 * rng.normal(size=(1, 1, 64))).astype(np.float32)}
+
+    return net
+
+
+@pytest.fixture
+def converted(net: Net) -> Converted:
+    def converted(target: str = "tensorrt", **options: Any) -> tuple[ir.Model, dict[str, np.ndarray], PassRecord]:
+        model, feeds = net()
+        data = open_calibration(feeds, ir.inputs(model))
+        ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target(target))
+        _, record = run_passes([Normalize(), BlockFloat(**options)], ctx, verify_graph)
+        return model, feeds, record
+
+    return converted
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------------------
@@ -94,7 +103,7 @@ def test_the_grid_of_4_bits() -> None:
 
 @pytest.mark.parametrize("activations", [True, False])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_emulation_is_what_onnx_defines(kind: FormatName, activations: bool) -> None:
+def test_the_emulation_is_what_onnx_defines(converted: Converted, kind: FormatName, activations: bool) -> None:
     """ONNX Runtime has no 4-bit floats: it runs the emulation, and ONNX's reference evaluator the graph itself."""
     model, feeds, record = converted(format=kind, activations=activations)
     assert [reason for _, reason in record.skipped] == [f"its 30 inputs are not a multiple of the block of {BLOCKS[kind]}"]
@@ -106,40 +115,59 @@ def test_the_emulation_is_what_onnx_defines(kind: FormatName, activations: bool)
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
-def test_more_bits_lose_less() -> None:
+def test_more_bits_lose_less(converted: Converted, net: Net) -> None:
     exact, feeds = net()
     want = Executor(exact).run(feeds)[0]
     errors = {kind: np.linalg.norm(Executor(converted(format=kind)[0]).run(feeds)[0] - want) / np.linalg.norm(want) for kind in FORMATS}
     assert 0 < errors["mxfp8"] < 0.1 and 2 * errors["mxfp8"] < errors["nvfp4"] < 0.3
 
 
-def test_a_model_without_4_bits_is_its_own_emulation() -> None:
+def test_a_model_without_4_bits_is_its_own_emulation(net: Net) -> None:
     model, _ = net()
     assert block_floats.emulated(model) is model
 
 
 @pytest.mark.parametrize("options", [{"exclude": ("first",)}, {"exclude": ("Gemm",)}])
-def test_what_is_excluded_stays(options: dict[str, Any]) -> None:
+def test_what_is_excluded_stays(converted: Converted, options: dict[str, Any]) -> None:
     model, _, record = converted(**options)
     assert "excluded by the recipe" in {reason for _, reason in record.skipped}
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 2  # codes, and scales of blocks
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_target_without_small_floats_refuses_before_calibration(kind: FormatName) -> None:
+def test_a_target_without_small_floats_refuses_before_calibration(net: Net, kind: FormatName) -> None:
     with pytest.raises(TargetError, match="does not take float"):
         BlockFloat(format=kind).precheck(net()[0], get_target("onnxruntime"))
 
 
-def test_nothing_to_quantize_is_refused_before_calibration() -> None:
+def test_nothing_to_quantize_is_refused_before_calibration(net: Net) -> None:
     with pytest.raises(TargetError, match="no matrix product"):
         BlockFloat(exclude=("first", "second")).precheck(net()[0], get_target("tensorrt"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_is_not_quantized_may_become_half(kind: FormatName, precision: Literal["fp16", "bf16"]) -> None:
+    """How such models are deployed. Passes find the values of 4 bits by name, and the run is that of half precision."""
+    model = ir.load(Path(__file__).parents[2] / "models" / "digits_vit.onnx")
+    data = random_calibration(ir.inputs(model), 8)
+    exact = ir.clone(model)
+    ctx = PassContext(model=model, reference=exact, calib=data, held_out=data, target=get_target("tensorrt"))
+    run_passes([Normalize(), BlockFloat(format=kind), CastFloat(precision=precision)], ctx, verify_graph)
+    storage = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert products and all(str(node.outputs[0].dtype) == storage for node in products)
+    wide = half.emulated(block_floats.emulated(model))
+    assert all(node.op_type == "Cast" or not any(map(half.is_half, node.outputs)) for node in wide.graph)
+    (batch,) = data.batches(8)
+    want, got = (Executor(one).run(batch)[0] for one in (exact, model))
+    assert 10 * np.log10(np.sum(want**2) / np.sum((want - got) ** 2)) > {"nvfp4": 8, "mxfp8": 18}[kind]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
                     reason="TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")  # fmt: skip
 @pytest.mark.parametrize(("kind", "got"), [("nvfp4", "float4e2m1 x float4e2m1"), ("mxfp8", "float32 x float32")])
-def test_what_the_builder_makes_of_it(kind: FormatName, got: str, tmp_path: Path) -> None:
+def test_what_the_builder_makes_of_it(converted: Converted, kind: FormatName, got: str, tmp_path: Path) -> None:
     """4-bit kernels for NVFP4, from plain Q/DQ; TensorRT-RTX 1.7 takes MXFP8 too, but computes in floats."""
     model, feeds, _ = converted("tensorrt-rtx", format=kind)
     ir.save(model, tmp_path / "m.onnx")
