@@ -14,11 +14,13 @@ Clocks and power limits are left as they are.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,13 @@ _RANDOM = 10_000_000
 """Random samples to take a batch of any size from; they are made when they are read."""
 
 
-def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: str | Path | None = None,
+def bench(models: Sequence[str | Path] | str | Path, *, runtimes: Sequence[str] = (), data: str | Path | None = None,
           preprocess: str | Path | None = None, batches: Sequence[int] = (), threads: int = 0, seconds: float = SECONDS,
           rounds: int | None = None, seed: int = 0, progress: Progress = no_progress) -> BenchResult:  # fmt: skip
     """Measure `models` side by side.
 
     Args:
-        models: ONNX files; engines (`.engine`, `.plan`, `.trt`); and earlier results (`.json`) to put beside the new ones.
+        models: ONNX files; engines (`.engine`, `.plan`, `.trt`); and earlier results (`.json`) to put beside the new ones. Or one of them.
         runtimes: Names of `graphq.backends.runners.RUNTIMES`; by default every one that is installed and has its device.
         data: Inputs as for `graphq.convert`; random ones of the declared shapes without.
         batches: Samples a call; by default the number that the models are fixed to, or one.
@@ -60,10 +62,13 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
         rounds: Exactly so many turns of each model instead.
 
     Raises:
-        UsageError: an unknown runtime, or results of different machines, before anything is measured.
+        UsageError: no model, an unknown runtime, numbers that cannot be, or results of different machines, before anything is measured.
         ModelError, DataError: a model cannot be read, or the data does not fit it.
     """
-    paths = [Path(model) for model in models]
+    paths = [Path(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    if not paths:
+        raise UsageError("There is nothing to measure.", where="models", expected="at least one ONNX file, engine or earlier result")
+    _require_numbers(batches, threads, seconds, rounds)
     unknown = next((name for name in runtimes if name not in RUNTIMES), None)
     if unknown is not None:
         raise UsageError(**unknown_name("runtime", unknown, RUNTIMES))
@@ -84,6 +89,15 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
     if not fresh and earlier:
         machine = next(iter(earlier.values())).machine
     return BenchResult(graphq=__version__, machine=machine, rows=(*rows, *old), notes=tuple(notes if subjects else ()))
+
+
+def _require_numbers(batches: Sequence[Any], threads: Any, seconds: Any, rounds: Any) -> None:
+    limits: list[tuple[str, Any, int]] = [*(("batches", size, 1) for size in batches), ("threads", threads, 0), ("rounds", rounds, 1)]
+    for name, value, least in limits:
+        if value is not None and not (isinstance(value, Integral) and int(value) >= least):
+            raise UsageError("This number cannot be.", where=f"{name}: {value!r}", expected=f"whole numbers from {least}")
+    if not (isinstance(seconds, Real) and 0 < float(seconds) < math.inf):
+        raise UsageError("This number cannot be.", where=f"seconds: {seconds!r}", expected="a time above 0")
 
 
 def _runtimes_here(machine: Machine) -> tuple[list[str], list[str]]:

@@ -283,6 +283,28 @@ def test_calls_that_cannot_work_are_refused_before_anything_is_measured(tmp_path
     assert wrong.value.__notes__ == [f"  model: {CNN}"]
 
 
+@pytest.mark.usefixtures("no_workers")
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"batches": [0]}, "batches: 0"), ({"batches": [1, 2.5]}, "batches: 2.5"), ({"batches": "8"}, "batches: '8'"),
+        ({"threads": -1}, "threads: -1"), ({"rounds": 0}, "rounds: 0"), ({"seconds": 0}, "seconds: 0"),
+        ({"seconds": float("nan")}, "seconds: nan"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(UsageError, match="number cannot be") as caught:
+        run(CNN, **options)
+    assert caught.value.where == where
+
+
+def test_one_model_needs_no_list_and_no_model_is_refused(tmp_path: Path) -> None:
+    for one in (relu(tmp_path), str(relu(tmp_path))):
+        assert [row.reason for row in graphq.bench(one, runtimes=["onnxruntime"], rounds=1).rows] == [None]
+    with pytest.raises(UsageError, match="nothing to measure"):
+        graphq.bench([])
+
+
 @pytest.mark.usefixtures("no_gpu", "no_workers")
 def test_an_engine_gets_the_inputs_of_a_model_or_of_a_file(tmp_path: Path) -> None:
     engine = tmp_path / "m.engine"
