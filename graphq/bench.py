@@ -92,9 +92,9 @@ def bench(models: Sequence[str | Path] | str | Path, *, runtimes: Sequence[str] 
 
 
 def _require_numbers(batches: Sequence[Any], threads: Any, seconds: Any, rounds: Any) -> None:
-    limits: list[tuple[str, Any, int]] = [*(("batches", size, 1) for size in batches), ("threads", threads, 0), ("rounds", rounds, 1)]
-    for name, value, least in limits:
-        if value is not None and not (isinstance(value, Integral) and int(value) >= least):
+    limits: list[tuple[str, Any, int]] = [*(("batches", size, 1) for size in batches), ("threads", threads, 0)]
+    for name, value, least in limits if rounds is None else [*limits, ("rounds", rounds, 1)]:
+        if not (isinstance(value, Integral) and int(value) >= least):
             raise UsageError("This number cannot be.", where=f"{name}: {value!r}", expected=f"whole numbers from {least}")
     if not (isinstance(seconds, Real) and 0 < float(seconds) < math.inf):
         raise UsageError("This number cannot be.", where=f"seconds: {seconds!r}", expected="a time above 0")
@@ -130,6 +130,11 @@ class _Subject:
         if len(self.data) < batch:
             raise DataError(f"There are only {len(self.data)} samples of data.")
         return next(self.data.batches(batch, [0]))
+
+    def open_inputs(self, feeds: dict[str, np.ndarray]) -> str:
+        """Inputs with open axes besides the batch, at the sizes that the data or graphq chose for them."""
+        found = [one.name for one in self.data.inputs if one.shape is None or not all(isinstance(size, int) for size in one.shape[1:])]
+        return ", ".join(f"{name} {feeds[name].dtype}[{', '.join(('N', *map(str, feeds[name].shape[1:])))}]" for name in found)
 
 
 def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | Path | None, seed: int) -> list[_Subject]:
@@ -188,7 +193,7 @@ class _Run:
                 try:
                     self._require_runtime(name)
                     feeds = subject.feeds(batch)
-                    row = replace(row, inputs=_describe(feeds))
+                    row = replace(row, inputs=_describe(feeds), open_inputs=subject.open_inputs(feeds))
                     worker = stack.enter_context(Worker(self._job(subject, name, feeds)))
                     row, workers[index] = replace(row, **worker.start()), worker
                 except (GraphqError, WorkerError) as error:

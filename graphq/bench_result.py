@@ -27,6 +27,7 @@ class Row:
     Attributes:
         run: When the run began that the row belongs to, ISO 8601; a speed-up holds within its run.
         inputs: Their types and shapes.
+        open_inputs: Those of them with open axes besides the batch, with the sizes that were timed and N for the batch.
         threads: Asked for; 0 left it to the runtime.
         calls: How many were timed.
         samples_per_s: Samples over the time of all calls.
@@ -51,6 +52,7 @@ class Row:
     peak_mib: float | None = None
     gpu_mib: float | None = None
     speedup: float | None = None
+    open_inputs: str = ""
     reason: str | None = None
 
 

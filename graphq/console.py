@@ -311,6 +311,12 @@ def benchmarks(found: BenchResult) -> None:
              *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup))
             for row in measured
         ])  # fmt: skip
+    sizes: dict[str, dict[str, None]] = {}
+    for row in measured:
+        if row.open_inputs:
+            sizes.setdefault(row.open_inputs, {})[names[row.model]] = None
+    for inputs, models in sizes.items():
+        say(f"Timed with {inputs}: {', '.join(models)}")
     for row in found.rows:
         if row.reason is not None:
             say(f"Not measured: {names[row.model]} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")

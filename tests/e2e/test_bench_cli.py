@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from graphq import cli
+from graphq import cli, ir
 from graphq.bench_result import BenchResult
 from graphq.models import onnx_path
 
@@ -71,6 +72,16 @@ def test_exit_code_1_if_nothing_ran_even_beside_earlier_rows(run: Run, tmp_path:
     assert code == 1 and [row["reason"] for row in json.loads(out)["rows"]] == ["tensorrt is not installed (pip install tensorrt)."] * 2
     (tmp_path / "a.json").write_text(out)
     assert run(tmp_path / "a.json")[0] == 1
+
+
+def test_sizes_of_open_axes_are_shown_once(run: Run, tmp_path: Path) -> None:
+    head = '<ir_version: 10, opset_import: ["" : 21]>'
+    text = f"{head} g (float[n, past, 4] x, float[n, 4] z) => (float[n, past, 4] y, float[n, 4] w) {{ y = Relu(x) w = Relu(z) }}"
+    ir.save(ir.from_onnx_text(text), tmp_path / "text.onnx")
+    np.savez(tmp_path / "x.npz", x=np.ones((4, 17, 4), np.float32), z=np.ones((4, 4), np.float32))
+    code, out, _ = run(tmp_path / "text.onnx", "--runtime", "onnxruntime", "--rounds", 1, "--batch", "1,4", "--data", tmp_path / "x.npz")
+    assert code == 0 and [line for line in out.splitlines() if "Timed" in line] == ["Timed with x float32[N, 17, 4]: text.onnx"]
+    assert "Timed" not in run(CNN, "--runtime", "onnxruntime", "--rounds", 1)[1]
 
 
 def _has_tensorrt() -> bool:
