@@ -4,7 +4,8 @@ What is compared must meet the same conditions, and memory needs a process for e
 and one batch size, every model gets a process of its own (`graphq.backends.bench_worker`), which loads and warms it up and then waits.
 The processes take turns of a fifth of a second, ABC, CBA, ABC, ..., one computing while the others sleep: whatever else slows the machine
 down for a while slows down all models alike. The speed-up is the median over rounds of the ratio of two turns of the same round, so it
-never compares times that are far apart. Median and 95th percentile are those of all calls. Runtimes and batch sizes follow one another.
+never compares times that are far apart. Median and 95th percentile are those of all calls. Where rounds contradict each other, or their
+median contradicts the throughput of all calls, the row says that it is noisy. Runtimes and batch sizes follow one another.
 
 Times are one call after the other, so that throughput is that of one stream of calls. Memory is the largest resident set of the process,
 the interpreter and the runtime included (about 60 MiB for ONNX Runtime); GPU memory is what loading and warming up took from the device.
@@ -237,8 +238,9 @@ def _describe(feeds: dict[str, np.ndarray]) -> str:
 
 
 def _measured(row: Row, calls: Turns, first: Turns | None, peak_mib: float | None) -> Row:
-    found = times(calls)
-    return replace(
-        row, calls=found.calls, median_ms=found.median_ms, p95_ms=found.p95_ms, samples_per_s=row.batch / found.mean_ms * 1e3,
-        peak_mib=peak_mib, speedup=speedup(first, calls) if first is not None else None,
-    )  # fmt: skip
+    found, faster = times(calls), None if first is None else speedup(first, calls)
+    row = replace(row, calls=found.calls, median_ms=found.median_ms, p95_ms=found.p95_ms, peak_mib=peak_mib, rounds=len(calls))
+    row = replace(row, samples_per_s=row.batch / found.mean_ms * 1e3)
+    if faster is None:
+        return row
+    return replace(row, speedup=faster.median, speedup_range=faster.range, speedup_of_means=faster.of_means, noisy=faster.noisy)

@@ -308,9 +308,14 @@ def benchmarks(found: BenchResult) -> None:
         table(columns, [
             (*([row.run[:19].replace("T", " ")] if several else []), names[row.model], f"{row.runtime} {row.version}", row.batch,
              milliseconds(row.median_ms), milliseconds(row.p95_ms), three_digits(row.samples_per_s), mebibytes(row.peak_mib),
-             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup))
+             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup) + ("*" if row.noisy else ""))
             for row in measured
         ])  # fmt: skip
+    for row in measured:
+        if row.noisy and row.speedup_range:
+            low, high = map(factor, row.speedup_range)
+            say(f"* noisy: {names[row.model]} on {row.runtime}, batch {row.batch}: speed-up between {low} and {high} in most of {row.rounds} "
+                f"rounds, {factor(row.speedup_of_means)} by samples/s; measure for longer (--seconds), on an idle machine", style="yellow")  # fmt: skip
     sizes: dict[str, dict[str, None]] = {}
     for row in measured:
         if row.open_inputs:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 import graphq
 from graphq import ir
 from graphq.backends.turns import MIN_ROUNDS, Worker, WorkerError, take_turns
-from graphq.bench_result import BenchResult, Times, read, speedup, times
+from graphq.bench_result import NOISY, BenchResult, Times, read, speedup, times
 from graphq.errors import DataError, ModelError, UsageError
 from graphq.machine import Machine, cpu_name, this_machine
 from graphq.models import onnx_path
@@ -80,9 +80,25 @@ def test_one_call_is_its_own_median_and_percentile() -> None:
 
 def test_a_speedup_compares_turns_of_the_same_round_only() -> None:
     first, other = [[1.0, 1.0], [10.0], [100.0]], [[2.0], [20.0, 20.0, 20.0], [200.0]]
-    assert speedup(first, other) == 0.5  # while the machine became slower; pooled medians would say 0.05
+    assert speedup(first, other).median == 0.5  # while the machine became slower; pooled medians would say 0.05
     assert times(first).median_ms / times(other).median_ms < 0.3
-    assert speedup(first, first) == 1.0
+    same = speedup(first, first)
+    assert (same.median, same.range, same.of_means, same.noisy) == (1.0, (1.0, 1.0), 1.0, False)
+
+
+def test_a_speedup_is_noisy_if_rounds_contradict_each_other() -> None:
+    first = [[1.0 + index / 10] for index in range(11)]  # 1.0 to 2.0
+    found = speedup(first, [[1.0]] * 11)
+    assert found.median == 1.5 and found.range == pytest.approx((1.1, 1.9)) and found.noisy
+    steady = speedup([[2.0]] * 10 + [[20.0]], [[1.0]] * 10 + [[10.0]])  # slower together
+    assert steady.range == (2.0, 2.0) and not steady.noisy
+    assert not speedup([[2.0]] * 10 + [[2.8]], [[1.0]] * 11).noisy  # one round in eleven
+
+
+def test_a_speedup_is_noisy_if_it_contradicts_the_throughput() -> None:
+    found = speedup([[8.0, 8.0, 8.0]] * 5, [[1.0, 1.0, 7.0]] * 5)  # 8 times by medians, 24 / 9 by means
+    assert found.median == 8.0 and found.range == (8.0, 8.0) and found.of_means == pytest.approx(24 / 9) and found.noisy
+    assert 8.0 > NOISY * found.of_means
 
 
 # ---- turns ----------------------------------------------------------------------------------------------------------
@@ -152,7 +168,8 @@ def test_a_result_has_a_row_for_each_model_and_batch_and_is_read_back(tmp_path: 
         assert row.version.count(".") >= 2 and row.calls >= 1 and row.bytes == Path(row.model).stat().st_size
         assert row.median_ms and row.p95_ms and 0 < row.median_ms <= row.p95_ms and row.samples_per_s and row.gpu_mib is None
         assert row.peak_mib is None or 10 < row.peak_mib < ballast.nbytes / 2**20
-    assert [row.speedup for row in found.rows[::2]] == [1.0, 1.0] and all((row.speedup or 0) > 0 for row in found.rows)
+    assert [(row.speedup, row.speedup_range, row.noisy, row.rounds) for row in found.rows[::2]] == [(1.0, (1.0, 1.0), False, 1)] * 2
+    assert all((row.speedup or 0) > 0 for row in found.rows)
     assert found.rows[0].inputs == "input float32[3, 1, 32, 32]"
     assert set(seen) == {*(f"load on onnxruntime, batch {batch}" for batch in (3, 1)), *(f"onnxruntime, batch {batch}" for batch in (3, 1))}
     (tmp_path / "found.json").write_text(found.to_json())

@@ -74,6 +74,16 @@ def test_exit_code_1_if_nothing_ran_even_beside_earlier_rows(run: Run, tmp_path:
     assert run(tmp_path / "a.json")[0] == 1
 
 
+def test_a_noisy_speedup_is_marked(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(_result("m.onnx", "2026", speedup=8.42, speedup_range=(1.2, 8.4), speedup_of_means=2.4,
+                                          rounds=10, noisy=True).to_json())  # fmt: skip
+    code, out, _ = run(tmp_path / "a.json")
+    assert code == 0 and "8.42*" in out and "* noisy: m.onnx on onnxruntime, batch 1: speed-up between 1.20 and 8.40 in most of 10 rounds, 2.40 by samples/s" in out
+    code, out, _ = run(tmp_path / "a.json", "--json")
+    row = json.loads(out)["rows"][0]
+    assert (row["noisy"], row["speedup_range"], row["rounds"]) == (True, [1.2, 8.4], 10)
+
+
 def test_sizes_of_open_axes_are_shown_once(run: Run, tmp_path: Path) -> None:
     head = '<ir_version: 10, opset_import: ["" : 21]>'
     text = f"{head} g (float[n, past, 4] x, float[n, 4] z) => (float[n, past, 4] y, float[n, 4] w) {{ y = Relu(x) w = Relu(z) }}"
