@@ -49,8 +49,8 @@ Output = Annotated[
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files or engines; the first is compared with. "
-                                                 "Also results of earlier runs (.json).")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files or engines; speed-ups are over the first. "
+                                                 "Also results of earlier runs (.json): each keeps a table of its own.")],
     runtime: Runtimes = None,
     batch: Batches = None,
     data: Annotated[Path | None, typer.Option(help=f"Inputs: {ARRAYS}. Random without it.")] = None,
