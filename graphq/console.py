@@ -326,8 +326,9 @@ def _benchmarks_of_a_run(rows: Sequence[Row], names: Mapping[str, str]) -> None:
     for row in measured:
         if row.noisy and row.speedup_range:
             low, high = map(factor, row.speedup_range)
-            say(f"* noisy: {names[row.model]} on {row.runtime}, batch {row.batch}: speed-up between {low} and {high} in most of {row.rounds} "
-                f"rounds, {factor(row.speedup_of_means)} by samples/s; measure for longer (--seconds), on an idle machine", style="yellow")  # fmt: skip
+            where = f"{names[row.model]} on {row.runtime}, batch {row.batch}"
+            spread = f"speed-up between {low} and {high} in most of {row.rounds} rounds, {factor(row.speedup_of_means)} by samples/s"
+            say(f"* noisy: {where}: {spread}; measure for longer (--seconds), on an idle machine", style="yellow")
     sizes: dict[str, dict[str, None]] = {}
     for row in measured:
         if row.open_inputs:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from graphq.bench_result import BenchResult
 from graphq.models import onnx_path
 
 CNN = onnx_path("digits_cnn")
+NOPE = "g (float[n, 4] x) => (float[n, 4] y) { y = other.Nope(x) }"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -96,6 +98,15 @@ def test_sizes_of_open_axes_are_shown_once(run: Run, tmp_path: Path) -> None:
     code, out, _ = run(tmp_path / "text.onnx", "--runtime", "onnxruntime", "--rounds", 1, "--batch", "1,4", "--data", tmp_path / "x.npz")
     assert code == 0 and [line for line in out.splitlines() if "Timed" in line] == ["Timed with x float32[N, 17, 4]: text.onnx"]
     assert "Timed" not in run(CNN, "--runtime", "onnxruntime", "--rounds", 1)[1]
+
+
+def test_exit_code_1_if_one_model_ran_nowhere_and_the_others_are_shown(run: Run, tmp_path: Path) -> None:
+    ir.save(ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21, "other" : 1]> {NOPE}'), tmp_path / "nope.onnx")
+    code, out, _ = run(tmp_path / "nope.onnx", CNN, "--runtime", "onnxruntime", "--rounds", 1)
+    assert code == 1 and "Not measured: nope.onnx on onnxruntime" in out and "\ndigits_cnn.onnx" in out
+    ran, failed = (_result(name, "2026", reason=why).rows[0] for name, why in (("a.onnx", None), ("a.onnx", "only 2 samples")))
+    (tmp_path / "a.json").write_text(replace(_result("a.onnx", "2026"), rows=(ran, failed)).to_json())
+    assert run(tmp_path / "a.json")[0] == 0  # it ran, if not with every batch size
 
 
 def _has_tensorrt() -> bool:
