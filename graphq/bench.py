@@ -4,7 +4,8 @@ What is compared must meet the same conditions, and memory needs a process for e
 and one batch size, every model gets a process of its own (`graphq.backends.bench_worker`), which loads and warms it up and then waits.
 The processes take turns of a fifth of a second, ABC, CBA, ABC, ..., one computing while the others sleep: whatever else slows the machine
 down for a while slows down all models alike. The speed-up is the median over rounds of the ratio of two turns of the same round, so it
-never compares times that are far apart. Median and 95th percentile are those of all calls. Runtimes and batch sizes follow one another.
+never compares times that are far apart. Median and 95th percentile are those of all calls. Where rounds contradict each other, or their
+median contradicts the throughput of all calls, the row says that it is noisy. Runtimes and batch sizes follow one another.
 
 Times are one call after the other, so that throughput is that of one stream of calls. Memory is the largest resident set of the process,
 the interpreter and the runtime included (about 60 MiB for ONNX Runtime); GPU memory is what loading and warming up took from the device.
@@ -14,11 +15,13 @@ Clocks and power limits are left as they are.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +48,13 @@ _RANDOM = 10_000_000
 """Random samples to take a batch of any size from; they are made when they are read."""
 
 
-def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: str | Path | None = None,
+def bench(models: Sequence[str | Path] | str | Path, *, runtimes: Sequence[str] = (), data: str | Path | None = None,
           preprocess: str | Path | None = None, batches: Sequence[int] = (), threads: int = 0, seconds: float = SECONDS,
           rounds: int | None = None, seed: int = 0, progress: Progress = no_progress) -> BenchResult:  # fmt: skip
     """Measure `models` side by side.
 
     Args:
-        models: ONNX files; engines (`.engine`, `.plan`, `.trt`); and earlier results (`.json`) to put beside the new ones.
+        models: ONNX files; engines (`.engine`, `.plan`, `.trt`); and earlier results (`.json`) to put beside the new ones. Or one of them.
         runtimes: Names of `graphq.backends.runners.RUNTIMES`; by default every one that is installed and has its device.
         data: Inputs as for `graphq.convert`; random ones of the declared shapes without.
         batches: Samples a call; by default the number that the models are fixed to, or one.
@@ -60,10 +63,13 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
         rounds: Exactly so many turns of each model instead.
 
     Raises:
-        UsageError: an unknown runtime, or results of different machines, before anything is measured.
+        UsageError: no model, an unknown runtime, numbers that cannot be, or results of different machines, before anything is measured.
         ModelError, DataError: a model cannot be read, or the data does not fit it.
     """
-    paths = [Path(model) for model in models]
+    paths = [Path(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    if not paths:
+        raise UsageError("There is nothing to measure.", where="models", expected="at least one ONNX file, engine or earlier result")
+    _require_numbers(batches, threads, seconds, rounds)
     unknown = next((name for name in runtimes if name not in RUNTIMES), None)
     if unknown is not None:
         raise UsageError(**unknown_name("runtime", unknown, RUNTIMES))
@@ -84,6 +90,15 @@ def bench(models: Sequence[str | Path], *, runtimes: Sequence[str] = (), data: s
     if not fresh and earlier:
         machine = next(iter(earlier.values())).machine
     return BenchResult(graphq=__version__, machine=machine, rows=(*rows, *old), notes=tuple(notes if subjects else ()))
+
+
+def _require_numbers(batches: Sequence[Any], threads: Any, seconds: Any, rounds: Any) -> None:
+    limits: list[tuple[str, Any, int]] = [*(("batches", size, 1) for size in batches), ("threads", threads, 0)]
+    for name, value, least in limits if rounds is None else [*limits, ("rounds", rounds, 1)]:
+        if not (isinstance(value, Integral) and int(value) >= least):
+            raise UsageError("This number cannot be.", where=f"{name}: {value!r}", expected=f"whole numbers from {least}")
+    if not (isinstance(seconds, Real) and 0 < float(seconds) < math.inf):
+        raise UsageError("This number cannot be.", where=f"seconds: {seconds!r}", expected="a time above 0")
 
 
 def _runtimes_here(machine: Machine) -> tuple[list[str], list[str]]:
@@ -116,6 +131,11 @@ class _Subject:
         if len(self.data) < batch:
             raise DataError(f"There are only {len(self.data)} samples of data.")
         return next(self.data.batches(batch, [0]))
+
+    def open_inputs(self, feeds: dict[str, np.ndarray]) -> str:
+        """Inputs with open axes besides the batch, at the sizes that the data or graphq chose for them."""
+        found = [one.name for one in self.data.inputs if one.shape is None or not all(isinstance(size, int) for size in one.shape[1:])]
+        return ", ".join(f"{name} {feeds[name].dtype}[{', '.join(('N', *map(str, feeds[name].shape[1:])))}]" for name in found)
 
 
 def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | Path | None, seed: int) -> list[_Subject]:
@@ -174,7 +194,7 @@ class _Run:
                 try:
                     self._require_runtime(name)
                     feeds = subject.feeds(batch)
-                    row = replace(row, inputs=_describe(feeds))
+                    row = replace(row, inputs=_describe(feeds), open_inputs=subject.open_inputs(feeds))
                     worker = stack.enter_context(Worker(self._job(subject, name, feeds)))
                     row, workers[index] = replace(row, **worker.start()), worker
                 except (GraphqError, WorkerError) as error:
@@ -218,8 +238,9 @@ def _describe(feeds: dict[str, np.ndarray]) -> str:
 
 
 def _measured(row: Row, calls: Turns, first: Turns | None, peak_mib: float | None) -> Row:
-    found = times(calls)
-    return replace(
-        row, calls=found.calls, median_ms=found.median_ms, p95_ms=found.p95_ms, samples_per_s=row.batch / found.mean_ms * 1e3,
-        peak_mib=peak_mib, speedup=speedup(first, calls) if first is not None else None,
-    )  # fmt: skip
+    found, faster = times(calls), None if first is None else speedup(first, calls)
+    row = replace(row, calls=found.calls, median_ms=found.median_ms, p95_ms=found.p95_ms, peak_mib=peak_mib, rounds=len(calls))
+    row = replace(row, samples_per_s=row.batch / found.mean_ms * 1e3)
+    if faster is None:
+        return row
+    return replace(row, speedup=faster.median, speedup_range=faster.range, speedup_of_means=faster.of_means, noisy=faster.noisy)

@@ -27,12 +27,17 @@ class Row:
     Attributes:
         run: When the run began that the row belongs to, ISO 8601; a speed-up holds within its run.
         inputs: Their types and shapes.
+        open_inputs: Those of them with open axes besides the batch, with the sizes that were timed and N for the batch.
         threads: Asked for; 0 left it to the runtime.
         calls: How many were timed.
         samples_per_s: Samples over the time of all calls.
         peak_mib, gpu_mib: Memory of the process, and of the GPU.
         bytes: Of the file, external data included.
         speedup: Over the first model of the run, on the same runtime and batch size.
+        speedup_range: Between which two four fifths of the rounds lie, each with its own ratio.
+        speedup_of_means: The ratio of samples/s.
+        rounds: How many there were.
+        noisy: The speed-up is not to be trusted: see `Speedup.noisy`.
     """
 
     run: str
@@ -51,6 +56,11 @@ class Row:
     peak_mib: float | None = None
     gpu_mib: float | None = None
     speedup: float | None = None
+    speedup_range: tuple[float, float] | None = None
+    speedup_of_means: float | None = None
+    rounds: int = 0
+    noisy: bool = False
+    open_inputs: str = ""
     reason: str | None = None
 
 
@@ -92,9 +102,35 @@ def times(turns: Turns) -> Times:
     return Times(len(calls), float(median), float(p95), float(calls.mean()))
 
 
-def speedup(first: Turns, other: Turns) -> float:
-    """How many times faster `other` is than `first`: the median over rounds of the ratio of the medians of their turns."""
-    return float(np.median([np.median(a) / np.median(b) for a, b in zip(first, other, strict=True)]))
+NOISY = 1.5
+"""Factor between two answers to the same question from which on neither is to be trusted."""
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one model is than another: of each round the ratio of the medians of their turns.
+
+    Attributes:
+        median: Of the rounds.
+        range: 10th and 90th percentile of the rounds.
+        of_means: The ratio of the means of all calls, which is that of samples/s.
+    """
+
+    median: float
+    range: tuple[float, float]
+    of_means: float
+
+    @property
+    def noisy(self) -> bool:
+        """Rounds contradict each other, or their median contradicts samples/s, by a factor of `NOISY`."""
+        return any(max(pair) > NOISY * min(pair) for pair in (self.range, (self.median, self.of_means)))
+
+
+def speedup(first: Turns, other: Turns) -> Speedup:
+    """That of `other` over `first`, which have the same rounds."""
+    ratios = [np.median(a) / np.median(b) for a, b in zip(first, other, strict=True)]
+    low, median, high = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
+    return Speedup(median, (low, high), times(first).mean_ms / times(other).mean_ms)
 
 
 # ---- results of earlier runs ----------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ Output = Annotated[
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files or engines; the first is compared with. "
-                                                 "Also results of earlier runs (.json).")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files or engines; speed-ups are over the first. "
+                                                 "Also results of earlier runs (.json): each keeps a table of its own.")],
     runtime: Runtimes = None,
     batch: Batches = None,
     data: Annotated[Path | None, typer.Option(help=f"Inputs: {ARRAYS}. Random without it.")] = None,
@@ -63,7 +63,10 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Measure the speed and memory of models, side by side, on every runtime that is here."""
+    """Measure the speed and memory of models, side by side, on every runtime that is here.
+
+    Exit code 1 if one of the models ran on none of them; the others are shown all the same.
+    """
     from graphq.backends import files
     from graphq.bench import SECONDS
     from graphq.bench import bench as measure
@@ -84,5 +87,6 @@ def bench(
         sys.stdout.write(found.to_json() + "\n")
     else:
         console.benchmarks(found)
-    if not any(row.reason is None for row in found.rows if row.run == found.rows[0].run):  # the new ones come first
+    newest = [row for row in found.rows if row.run == found.rows[0].run]  # the new ones come first
+    if not newest or {row.model for row in newest} - {row.model for row in newest if row.reason is None}:
         raise typer.Exit(1)

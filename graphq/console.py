@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from graphq.bench_result import BenchResult
+    from graphq.bench_result import BenchResult, Row
     from graphq.engines import EngineFacts
     from graphq.inspect import Inspection
     from graphq.kernels_used import KernelsUsed
@@ -295,24 +295,46 @@ def sensitivities(found: Sensitivity) -> None:
 
 
 def benchmarks(found: BenchResult) -> None:
-    """What `graphq bench` prints."""
+    """What `graphq bench` prints: a table for each run, as a speed-up holds within its run only."""
     say(str(found.machine), style="bold")
-    measured = [row for row in found.rows if row.reason is None]
     names = {row.model: os.path.basename(row.model) for row in found.rows}
     if len(set(names.values())) < len(names):
         names = {path: path for path in names}
-    several, on_gpu = len({row.run for row in found.rows}) > 1, any(row.gpu_mib is not None for row in measured)
-    right = ("batch", "median", "95 %", "samples/s", "memory", *(["GPU memory"] if on_gpu else []), "size", "speed-up")
-    columns: list[Column] = [*(["run"] if several else []), "model", "runtime", *((name, "right") for name in right)]  # type: ignore[list-item]
-    if measured:
-        table(columns, [
-            (*([row.run[:19].replace("T", " ")] if several else []), names[row.model], f"{row.runtime} {row.version}", row.batch,
-             milliseconds(row.median_ms), milliseconds(row.p95_ms), three_digits(row.samples_per_s), mebibytes(row.peak_mib),
-             *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes), factor(row.speedup))
-            for row in measured
-        ])  # fmt: skip
+    runs: dict[str, list[Row]] = {}
     for row in found.rows:
-        if row.reason is not None:
-            say(f"Not measured: {names[row.model]} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")
+        runs.setdefault(row.run, []).append(row)
+    for when, rows in runs.items():
+        if len(runs) > 1:
+            say(f"\nMeasured {when[:19].replace('T', ' ')} UTC; speed-up over {names[rows[0].model]}", style="bold")
+        _benchmarks_of_a_run(rows, names)
     for note in found.notes:
         say(f"Note: {note}", style="dim")
+
+
+def _benchmarks_of_a_run(rows: Sequence[Row], names: Mapping[str, str]) -> None:
+    measured = [row for row in rows if row.reason is None]
+    on_gpu = any(row.gpu_mib is not None for row in measured)
+    right = ("batch", "median", "95 %", "samples/s", "memory", *(["GPU memory"] if on_gpu else []), "size", "speed-up")
+    columns: list[Column] = ["model", "runtime", *((name, "right") for name in right)]  # type: ignore[list-item]
+    if measured:
+        table(columns, [
+            (names[row.model], f"{row.runtime} {row.version}", row.batch, milliseconds(row.median_ms), milliseconds(row.p95_ms),
+             three_digits(row.samples_per_s), mebibytes(row.peak_mib), *([mebibytes(row.gpu_mib)] if on_gpu else []), size(row.bytes),
+             factor(row.speedup) + ("*" if row.noisy else ""))
+            for row in measured
+        ])  # fmt: skip
+    for row in measured:
+        if row.noisy and row.speedup_range:
+            low, high = map(factor, row.speedup_range)
+            where = f"{names[row.model]} on {row.runtime}, batch {row.batch}"
+            spread = f"speed-up between {low} and {high} in most of {row.rounds} rounds, {factor(row.speedup_of_means)} by samples/s"
+            say(f"* noisy: {where}: {spread}; measure for longer (--seconds), on an idle machine", style="yellow")
+    sizes: dict[str, dict[str, None]] = {}
+    for row in measured:
+        if row.open_inputs:
+            sizes.setdefault(row.open_inputs, {})[names[row.model]] = None
+    for inputs, models in sizes.items():
+        say(f"Timed with {inputs}: {', '.join(models)}")
+    for row in rows:
+        if row.reason is not None:
+            say(f"Not measured: {names[row.model]} on {row.runtime}, batch {row.batch}: {row.reason}", style="yellow")

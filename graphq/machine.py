@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,11 +16,11 @@ class Machine:
     """Facts in which two machines must agree before their times are compared.
 
     Attributes:
-        cpu: Model name as the system gives it.
+        cpu: Model name as the system gives it; see `cpu_name` where it gives none.
         cores: Logical ones that this process may use.
         gpu: NVIDIA GPUs by name, in the driver's order; empty without any.
         driver: Version of NVIDIA's driver.
-        os: Kernel, its release, and the architecture.
+        os: Kernel, the first two numbers of its release (what follows are patches), and the architecture.
     """
 
     cpu: str
@@ -40,17 +42,41 @@ def this_machine() -> Machine:
     """The machine that this process runs on. Asks nvidia-smi for GPUs; clocks and settings are not touched."""
     gpus = _gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    return Machine(_cpu(), cores, " + ".join(name for name, _ in gpus), gpus[0][1] if gpus else "", system)
+    release = re.match(r"\d+(\.\d+)?", platform.release())
+    system = f"{platform.system()} {release[0] if release else platform.release()} {platform.machine()}"
+    board = _read("/proc/device-tree/model") or _read("/sys/class/dmi/id/product_name")
+    cpu = cpu_name(_read("/proc/cpuinfo"), board, platform.processor() or platform.machine(), _read("/etc/machine-id") + platform.node())
+    return Machine(cpu, cores, " + ".join(name for name, _ in gpus), gpus[0][1] if gpus else "", system)
 
 
-def _cpu() -> str:
+def cpu_name(cpuinfo: str, board: str, processor: str, host: str) -> str:
+    """What tells this CPU from others.
+
+    Args:
+        cpuinfo: Text of /proc/cpuinfo, empty where there is none. A model name in it is enough, except on ARM: the kernel gives none of
+            64 bits, and of 32 bits only the architecture. There implementer, part, variant and revision of its kinds of core count.
+        board: Name of the board, which the device tree or the firmware has.
+        processor: What Python's `platform` says; on ARM and outside Linux it may be just the architecture.
+        host: What only this host has; its hash is added where nothing else tells more than the architecture.
+    """
+    found: dict[str, list[str]] = {}
+    for key, _, value in (line.partition(":") for line in cpuinfo.splitlines()):
+        found.setdefault(key.strip(), []).append(value.strip())
+    ids = [found.get(f"CPU {name}", []) for name in ("implementer", "part", "variant", "revision")]
+    cores = " + ".join(dict.fromkeys("/".join(core) for core in zip(*ids, strict=False)))
+    if "model name" in found and not cores:
+        return found["model name"][0]
+    told = ", ".join(part for part in (board.strip("\0 \n"), cores) if part)
+    if told or " " in processor:  # Windows: Intel64 Family 6 Model 151 Stepping 2, GenuineIntel
+        return f"{processor} ({told})" if told else processor
+    return f"{processor} (host {hashlib.sha256(host.encode()).hexdigest()[:8]})"
+
+
+def _read(path: str) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (named or [platform.processor() or platform.machine()])[0]
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _gpus() -> list[tuple[str, str]]:

@@ -112,7 +112,7 @@ class FakeDriver:
 
 
 class FakeContext:
-    """Doubles `x` into `y`, from and to the addresses it was given; `n`, a shape, lies on the CPU."""
+    """Doubles `x` into `y`, from and to the addresses it was given; `takes` tells whether it accepts the shape of `x`."""
 
     def __init__(self, driver: FakeDriver, takes: bool) -> None:
         self.driver, self.takes, self.shapes, self.addresses = driver, takes, {}, {}  # type: ignore[var-annotated]

@@ -17,9 +17,9 @@ from onnx import numpy_helper
 import graphq
 from graphq import ir
 from graphq.backends.turns import MIN_ROUNDS, Worker, WorkerError, take_turns
-from graphq.bench_result import BenchResult, Times, read, speedup, times
+from graphq.bench_result import NOISY, BenchResult, Times, read, speedup, times
 from graphq.errors import DataError, ModelError, UsageError
-from graphq.machine import Machine, this_machine
+from graphq.machine import Machine, cpu_name, this_machine
 from graphq.models import onnx_path
 from graphq.pipeline import no_progress
 
@@ -80,9 +80,25 @@ def test_one_call_is_its_own_median_and_percentile() -> None:
 
 def test_a_speedup_compares_turns_of_the_same_round_only() -> None:
     first, other = [[1.0, 1.0], [10.0], [100.0]], [[2.0], [20.0, 20.0, 20.0], [200.0]]
-    assert speedup(first, other) == 0.5  # while the machine became slower; pooled medians would say 0.05
+    assert speedup(first, other).median == 0.5  # while the machine became slower; pooled medians would say 0.05
     assert times(first).median_ms / times(other).median_ms < 0.3
-    assert speedup(first, first) == 1.0
+    same = speedup(first, first)
+    assert (same.median, same.range, same.of_means, same.noisy) == (1.0, (1.0, 1.0), 1.0, False)
+
+
+def test_a_speedup_is_noisy_if_rounds_contradict_each_other() -> None:
+    first = [[1.0 + index / 10] for index in range(11)]  # 1.0 to 2.0
+    found = speedup(first, [[1.0]] * 11)
+    assert found.median == 1.5 and found.range == pytest.approx((1.1, 1.9)) and found.noisy
+    steady = speedup([[2.0]] * 10 + [[20.0]], [[1.0]] * 10 + [[10.0]])  # slower together
+    assert steady.range == (2.0, 2.0) and not steady.noisy
+    assert not speedup([[2.0]] * 10 + [[2.8]], [[1.0]] * 11).noisy  # one round in eleven
+
+
+def test_a_speedup_is_noisy_if_it_contradicts_the_throughput() -> None:
+    found = speedup([[8.0, 8.0, 8.0]] * 5, [[1.0, 1.0, 7.0]] * 5)  # 8 times by medians, 24 / 9 by means
+    assert found.median == 8.0 and found.range == (8.0, 8.0) and found.of_means == pytest.approx(24 / 9) and found.noisy
+    assert 8.0 > NOISY * found.of_means
 
 
 # ---- turns ----------------------------------------------------------------------------------------------------------
@@ -152,7 +168,8 @@ def test_a_result_has_a_row_for_each_model_and_batch_and_is_read_back(tmp_path: 
         assert row.version.count(".") >= 2 and row.calls >= 1 and row.bytes == Path(row.model).stat().st_size
         assert row.median_ms and row.p95_ms and 0 < row.median_ms <= row.p95_ms and row.samples_per_s and row.gpu_mib is None
         assert row.peak_mib is None or 10 < row.peak_mib < ballast.nbytes / 2**20
-    assert [row.speedup for row in found.rows[::2]] == [1.0, 1.0] and all((row.speedup or 0) > 0 for row in found.rows)
+    assert [(row.speedup, row.speedup_range, row.noisy, row.rounds) for row in found.rows[::2]] == [(1.0, (1.0, 1.0), False, 1)] * 2
+    assert all((row.speedup or 0) > 0 for row in found.rows)
     assert found.rows[0].inputs == "input float32[3, 1, 32, 32]"
     assert set(seen) == {*(f"load on onnxruntime, batch {batch}" for batch in (3, 1)), *(f"onnxruntime, batch {batch}" for batch in (3, 1))}
     (tmp_path / "found.json").write_text(found.to_json())
@@ -283,6 +300,28 @@ def test_calls_that_cannot_work_are_refused_before_anything_is_measured(tmp_path
     assert wrong.value.__notes__ == [f"  model: {CNN}"]
 
 
+@pytest.mark.usefixtures("no_workers")
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"batches": [0]}, "batches: 0"), ({"batches": [1, 2.5]}, "batches: 2.5"), ({"batches": "8"}, "batches: '8'"),
+        ({"threads": -1}, "threads: -1"), ({"rounds": 0}, "rounds: 0"), ({"seconds": 0}, "seconds: 0"),
+        ({"seconds": float("nan")}, "seconds: nan"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(UsageError, match="number cannot be") as caught:
+        run(CNN, **options)
+    assert caught.value.where == where
+
+
+def test_one_model_needs_no_list_and_no_model_is_refused(tmp_path: Path) -> None:
+    for one in (relu(tmp_path), str(relu(tmp_path))):
+        assert [row.reason for row in graphq.bench(one, runtimes=["onnxruntime"], rounds=1).rows] == [None]
+    with pytest.raises(UsageError, match="nothing to measure"):
+        graphq.bench([])
+
+
 @pytest.mark.usefixtures("no_gpu", "no_workers")
 def test_an_engine_gets_the_inputs_of_a_model_or_of_a_file(tmp_path: Path) -> None:
     engine = tmp_path / "m.engine"
@@ -301,6 +340,37 @@ def test_the_machine_is_the_same_every_time() -> None:
     found = this_machine()
     assert found == this_machine() and found.cpu and found.cores >= 1 and found.os.count(" ") >= 2
     assert found.differences(found) == [] and found.differences(replace(found, cpu="x", driver="y")) == ["cpu", "driver"]
+
+
+def test_the_operating_system_goes_without_its_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: "6.18.44-fc-v669")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert this_machine().os == "Linux 6.18 x86_64"
+
+
+ARM = "processor\t: {}\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU variant\t: 0x{}\nCPU part\t: {}\nCPU revision\t: 1\n\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "board", "processor", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: A CPU\n\nprocessor\t: 1\nmodel name\t: A CPU\n", "Board", "x86_64", "A CPU"),
+        (ARM.format(0, 3, "0xd0c") + ARM.format(1, 3, "0xd0c"), "", "aarch64", "aarch64 (0x41/0xd0c/0x3/1)"),
+        (ARM.format(0, 1, "0xd40"), "", "aarch64", "aarch64 (0x41/0xd40/0x1/1)"),
+        (ARM.format(0, 0, "0xd05") + ARM.format(1, 4, "0xd0b"), "", "aarch64", "aarch64 (0x41/0xd05/0x0/1 + 0x41/0xd0b/0x4/1)"),
+        ("model name\t: ARMv7 (v7l)\n" + ARM.format(0, 0, "0xd08"), "Pi 4\0", "armv7l", "armv7l (Pi 4, 0x41/0xd08/0x0/1)"),
+        ("", "Pi 5\0", "aarch64", "aarch64 (Pi 5)"),
+        ("", "", "Intel64 Family 6 Model 151", "Intel64 Family 6 Model 151"),
+    ],
+)  # fmt: skip
+def test_a_cpu_without_a_model_name_is_told_by_its_cores_and_board(cpuinfo: str, board: str, processor: str, name: str) -> None:
+    assert cpu_name(cpuinfo, board, processor, "a host") == name == cpu_name(cpuinfo, board, processor, "another host")
+
+
+def test_hosts_of_which_only_the_architecture_is_known_are_different_machines() -> None:
+    first, other = (cpu_name("", "", "arm", host) for host in ("a host", "another"))
+    assert first != other and first == cpu_name("", "", "arm", "a host") and first.startswith("arm (host ") and "a host" not in first
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")

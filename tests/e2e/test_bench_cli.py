@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from graphq import cli
+from graphq import cli, ir
 from graphq.bench_result import BenchResult
 from graphq.models import onnx_path
 
 CNN = onnx_path("digits_cnn")
+NOPE = "g (float[n, 4] x) => (float[n, 4] y) { y = other.Nope(x) }"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -37,13 +40,16 @@ def test_the_table_the_file_and_the_json(run: Run, tmp_path: Path) -> None:
     assert len(json.loads(out)["rows"]) == 2
 
 
-def test_rows_of_several_runs_tell_when_they_were_measured(run: Run, tmp_path: Path) -> None:
+def test_every_run_has_a_table_of_its_own_that_tells_when_and_over_what(run: Run, tmp_path: Path) -> None:
     result = json.loads(BenchResult.to_json(_result("a/m.onnx", "2026-01-02T03:04:05.678+00:00")))
     (tmp_path / "a.json").write_text(json.dumps(result))
     (tmp_path / "b.json").write_text(BenchResult.to_json(_result("b/m.onnx", "2026-02-03T04:05:06.789+00:00")))
     code, out, _ = run(tmp_path / "a.json", tmp_path / "b.json")
-    assert code == 0 and out.splitlines()[1].startswith("run")
-    assert "2026-01-02 03:04:05  a/m.onnx" in out and "2026-02-03 04:05:06  b/m.onnx" in out  # one name would not do
+    _, *first, _, heading, columns, row = out.splitlines()
+    assert code == 0 and first[1] == "Measured 2026-01-02 03:04:05 UTC; speed-up over a/m.onnx" and first[3].startswith("a/m.onnx")
+    assert heading == "Measured 2026-02-03 04:05:06 UTC; speed-up over b/m.onnx" and row.startswith("b/m.onnx")  # one name would not do
+    assert first[2].startswith("model") and columns.startswith("model")
+    assert "Measured" not in run(tmp_path / "a.json")[1]
 
 
 def _result(model: str, when: str, **changes: Any) -> BenchResult:
@@ -71,6 +77,36 @@ def test_exit_code_1_if_nothing_ran_even_beside_earlier_rows(run: Run, tmp_path:
     assert code == 1 and [row["reason"] for row in json.loads(out)["rows"]] == ["tensorrt is not installed (pip install tensorrt)."] * 2
     (tmp_path / "a.json").write_text(out)
     assert run(tmp_path / "a.json")[0] == 1
+
+
+def test_a_noisy_speedup_is_marked(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(_result("m.onnx", "2026", speedup=8.42, speedup_range=(1.2, 8.4), speedup_of_means=2.4,
+                                          rounds=10, noisy=True).to_json())  # fmt: skip
+    code, out, _ = run(tmp_path / "a.json")
+    assert code == 0 and "8.42*" in out and "* noisy: m.onnx on onnxruntime, batch 1:" in out
+    assert "speed-up between 1.20 and 8.40 in most of 10 rounds, 2.40 by samples/s" in out
+    code, out, _ = run(tmp_path / "a.json", "--json")
+    row = json.loads(out)["rows"][0]
+    assert (row["noisy"], row["speedup_range"], row["rounds"]) == (True, [1.2, 8.4], 10)
+
+
+def test_sizes_of_open_axes_are_shown_once(run: Run, tmp_path: Path) -> None:
+    head = '<ir_version: 10, opset_import: ["" : 21]>'
+    text = f"{head} g (float[n, past, 4] x, float[n, 4] z) => (float[n, past, 4] y, float[n, 4] w) {{ y = Relu(x) w = Relu(z) }}"
+    ir.save(ir.from_onnx_text(text), tmp_path / "text.onnx")
+    np.savez(tmp_path / "x.npz", x=np.ones((4, 17, 4), np.float32), z=np.ones((4, 4), np.float32))
+    code, out, _ = run(tmp_path / "text.onnx", "--runtime", "onnxruntime", "--rounds", 1, "--batch", "1,4", "--data", tmp_path / "x.npz")
+    assert code == 0 and [line for line in out.splitlines() if "Timed" in line] == ["Timed with x float32[N, 17, 4]: text.onnx"]
+    assert "Timed" not in run(CNN, "--runtime", "onnxruntime", "--rounds", 1)[1]
+
+
+def test_exit_code_1_if_one_model_ran_nowhere_and_the_others_are_shown(run: Run, tmp_path: Path) -> None:
+    ir.save(ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21, "other" : 1]> {NOPE}'), tmp_path / "nope.onnx")
+    code, out, _ = run(tmp_path / "nope.onnx", CNN, "--runtime", "onnxruntime", "--rounds", 1)
+    assert code == 1 and "Not measured: nope.onnx on onnxruntime" in out and "\ndigits_cnn.onnx" in out
+    ran, failed = (_result(name, "2026", reason=why).rows[0] for name, why in (("a.onnx", None), ("a.onnx", "only 2 samples")))
+    (tmp_path / "a.json").write_text(replace(_result("a.onnx", "2026"), rows=(ran, failed)).to_json())
+    assert run(tmp_path / "a.json")[0] == 0  # it ran, if not with every batch size
 
 
 def _has_tensorrt() -> bool:
