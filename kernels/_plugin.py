@@ -7,7 +7,7 @@ What holds for such plugins:
 
 - They take float32, float16, bfloat16 and int8 tensors, but no uint8 (`nvinfer1::PluginTensorDesc::type`) and no 4-bit ones.
 - Scalars are 32-bit integers. Attributes would be compiled in; operators of graphq have none.
-- `graphq.kernels.bind` turns nodes of a model into such plugins.
+- `graphq.backends.plugins` turns nodes of a model into such plugins.
 - An engine holds one kernel for all shapes of its profile, that of the largest, and for the one architecture it was compiled for.
 - Kernels above 48 KiB of shared memory need TensorRT to raise the function's limit: NVIDIA does not say that it does, and it was not tried.
 - TensorRT 11.1 and 11.2 are reported to leak a copy of the code with each change of shape (github.com/NVIDIA/TensorRT/issues/4849).

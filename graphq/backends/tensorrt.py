@@ -22,6 +22,7 @@ from typing import Any, Self
 from graphq import ir
 from graphq.backends import engine_layers, files
 from graphq.backends.engine_shapes import LEAST, Input, Profile, Shape, profile
+from graphq.backends.plugins import with_plugins
 from graphq.backends.tensorrt_log import log_of, make_monitor, words
 from graphq.calibration import CalibrationSet
 from graphq.editor import made_by
@@ -52,8 +53,9 @@ def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet
         TargetError: the package is missing, its parser refuses a node, or its builder fails.
         UsageError: a range does not fit the model's inputs.
     """
+    _load(target)
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
-    with _saved(_with_plugins(model, target) if options.plugins else model) as file:
+    with _saved(with_plugins(model) if options.plugins else model) as file:
         built = build(file, shapes, target, options, progress, model)
     with files.pending(out) as part:
         _write(part, built.engine)
@@ -217,21 +219,6 @@ class Network:
 def _input(tensor: Any) -> Input:
     shape = tuple(tensor.shape)
     return Input(tensor.name, shape, tuple(tensor.get_dimension_name(axis) or None for axis in range(len(shape))))
-
-
-def _with_plugins(model: ir.Model, target: Target) -> ir.Model:
-    """A copy of `model` whose operators of the domain `graphq` are computed by the kernels of graphq, registered in this process."""
-    _load(target)
-    bound = ir.clone(model)
-    try:
-        importlib.import_module("graphq.kernels").register_plugins()
-        importlib.import_module("graphq.kernels.bind").bind_plugins(bound)
-    except ImportError as error:
-        raise TargetError(
-            "The kernels of graphq cannot be compiled.", where=str(error), expected="torch and triton",
-            hint="pip install 'graphq[kernels]', or leave out --engine plugins",
-        ) from error  # fmt: skip
-    return bound
 
 
 def _load(target: Target) -> Any:

@@ -11,10 +11,10 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from graphq import ir, ops_gemm
+from graphq.backends.plugins import bind
 from graphq.calibration import open_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
-from graphq.kernels.bind import bind_plugins
 from graphq.passes.cast_float import CastFloat
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.lower import Lower
@@ -223,7 +223,7 @@ def test_plugins_take_the_place_of_the_bodies(lowered: Lowered) -> None:
     """Bytes stay as they are; the functions, which TensorRT would put in, go."""
     _, model, _, _ = lowered(W4, HALF, target="tensorrt")
     packed = [ir.constant(node.inputs[1]) for node in model.graph if node.domain == ir.DOMAIN]
-    bind_plugins(model)
+    bind(model)
     bound = [node for node in model.graph if node.domain == ir.DOMAIN]
     assert len(bound) == 2 and not model.functions
     for node, before in zip(bound, packed, strict=True):
