@@ -70,7 +70,7 @@ def trt(compiler: Any) -> Iterator[Any]:
         pytest.skip("NVIDIA's Python files are not installed (pip install tensorrt-cu13-bindings)")
     stub.remove()
     sys.modules["tensorrt"] = module
-    kernels.register_plugins.__wrapped__(ARCH)  # each replacement of TensorRT has a registry of its own
+    kernels._register.__wrapped__(ARCH)  # each replacement of TensorRT has a registry of its own
     yield module
     stub.remove()
 
