@@ -89,20 +89,23 @@ def _codes(weight: Array, scale: Array, spec: QuantSpec, block: int) -> Array:
 
 
 def insert_weight(edit: Editor, node: ir.Node, index: int, blocks: Blocks, *, turned: bool) -> None:
-    """Let `node` read `blocks`, dequantized, as input `index`; `turned` if it reads `[N, K]`."""
+    """Let `node` read `blocks`, dequantized, as input `index`; `turned` if it reads `[N, K]`.
+
+    Nodes that read the same weight, with the inputs along the same axis, share what is stored.
+    """
     value = node.inputs[index]
     assert value is not None
     name, axis = value.name or "weight", int(turned)
 
-    def stored(array: Array) -> Array:
-        return np.ascontiguousarray(array.T) if turned else array
+    def stored(suffix: str, array: Array, storage: str) -> ir.Value:
+        key = (value, turned, storage, suffix)
+        return edit.shared(key, f"{name}_{suffix}", lambda: np.ascontiguousarray(array.T) if turned else array, storage)
 
-    codes = edit.initializer(f"{name}_quantized", stored(blocks.codes), _storage(blocks.codes))
+    codes = stored("quantized", blocks.codes, _storage(blocks.codes))
     if blocks.scale_codes is None:
-        scale = edit.initializer(f"{name}_scale", stored(blocks.scale))
+        scale = stored("scale", blocks.scale, "float32")
     else:
-        operands = [edit.initializer(f"{name}_block_scale", stored(blocks.scale_codes), "float8e4m3fn"),
-                    edit.initializer(f"{name}_scale", np.asarray(blocks.tensor_scale))]  # fmt: skip
+        operands = [stored("block_scale", blocks.scale_codes, "float8e4m3fn"), stored("scale", np.asarray(blocks.tensor_scale), "float32")]
         scale = edit.insert(node, "DequantizeLinear", operands, output=f"{name}_block_scale_dequantized")
         scale.type = ir.tensor_type("float32")
     attributes = {"axis": axis, "block_size": len(blocks.codes) // len(blocks.scale)}
@@ -114,7 +117,7 @@ def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: 
     """Let `readers` read `value` rounded in blocks along its last axis, whose scales are computed where the model runs.
 
     Args:
-        largest: Magnitude seen in calibration, for the tensor's scale of nvfp4.
+        largest: Magnitude that scales of blocks must hold, for the tensor's scale of nvfp4; beyond it values saturate.
     """
     block, name = BLOCKS[kind], value.name or "value"
     dims = ir.shape_of(value)

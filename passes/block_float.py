@@ -1,12 +1,12 @@
 """block-float: matrix products on small floats in blocks (NVFP4, MXFP8), for GPUs that multiply them, such as NVIDIA's Blackwell.
 
 Weights become codes with a scale for each block along the axis that is summed over; activations are rounded in blocks where the model
-runs, so that calibration has to find one number a tensor at most. What blocks are, and how the graph says it: `graphq.block_floats`.
+runs, so that calibration has to find one number a tensor at most: NVFP4 saturates beyond `HEADROOM` times the largest magnitude seen.
+What blocks are, and how the graph says it: `graphq.block_floats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
 STORAGE = {"nvfp4": "float4e2m1", "mxfp8": "float8e4m3fn"}
+HEADROOM = 8.0
+"""How far beyond calibration an activation may go before the scales of its blocks, E4M3 of up to 448 tensor scales, saturate."""
 
 
 @pass_options
@@ -55,23 +57,26 @@ class BlockFloat(Pass):
             )  # fmt: skip
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(OPSETS[self.format])
-        chosen = []
-        for node in [node for node in model.graph if node.op_type in linear.LINEAR_OPS and not node.domain]:
-            reason = self._refusal(node)
+        reasons = {node: self._refusal(node) for node in model.graph if node.op_type in linear.LINEAR_OPS and not node.domain}
+        largest = self._largest({linear.data_of(node).name or "" for node, reason in reasons.items() if reason is None}, ctx)
+        chosen = set()
+        for node, reason in reasons.items():
+            if reason is None and largest.get(linear.data_of(node).name or "") == 0:
+                reason = "calibration saw nothing but zeros in its input"
             if reason is None:
-                chosen.append(node)
+                chosen.add(node.outputs[0].name)
             else:
                 ctx.skip(node, reason)
+        if not chosen:
+            return
+        ctx.edit.raise_opset(OPSETS[self.format])  # which may put new nodes in the place of old ones
         readers: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-        for node in chosen:
+        for node in [node for node in model.graph if node.outputs[0].name in chosen]:
             readers.setdefault(linear.data_of(node), []).append((node, linear.data_index(node)))
-        largest = self._largest(readers, ctx)
-        for node in chosen:
             self._quantize(node, ctx)
         if self.activations:
             for value, places in readers.items():
-                block_floats.insert_activation(ctx.edit, value, self.format, largest.get(value, 0.0), places)
+                block_floats.insert_activation(ctx.edit, value, self.format, HEADROOM * largest.get(value.name or "", 0.0), places)
         ctx.edit.prune()
 
     def _refusal(self, node: ir.Node) -> str | None:
@@ -86,13 +91,13 @@ class BlockFloat(Pass):
             return f"its {inputs} inputs are not a multiple of the block of {BLOCKS[self.format]}"
         return "the shape of its input is not known" if self.activations and (dims is None or dims[-1] != inputs) else None
 
-    def _largest(self, values: Mapping[ir.Value, object], ctx: PassContext) -> dict[ir.Value, float]:
+    def _largest(self, names: set[str], ctx: PassContext) -> dict[str, float]:
         """The largest magnitude of each value in calibration, where the format has a scale for it."""
         if self.format != "nvfp4" or not self.activations:
             return {}
-        observers = {value: Range(value.name or "", "current") for value in values}
+        observers = {name: Range(name, "current") for name in sorted(names)}
         stats = ctx.observe(observers.values())
-        return {value: max(-float(stats[one]["low"]), float(stats[one]["high"]), 0.0) for value, one in observers.items()}
+        return {name: max(-float(stats[one]["low"]), float(stats[one]["high"]), 0.0) for name, one in observers.items()}
 
     def _quantize(self, node: ir.Node, ctx: PassContext) -> None:
         index, turned = linear.LINEAR_OPS[node.op_type].weight, linear.in_axis(node) == 1
@@ -101,6 +106,6 @@ class BlockFloat(Pass):
         rows = np.ascontiguousarray(weight.T) if turned else weight
         blocks = block_floats.quantize(rows, self.format)
         error = rows - blocks.dequantize()
-        power, noise = (float(np.sum(part**2, dtype=np.float64)) for part in (rows, error))
+        power, noise = (float(np.sum(part.astype(np.float64) ** 2)) for part in (rows, error))
         ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise))
         block_floats.insert_weight(ctx.edit, node, index, blocks, turned=turned)

@@ -205,7 +205,7 @@ def test_only_declarations_of_the_ptx_change(trt: Any) -> None:
         ("SULQSoftmaxCodes", [fixed("HALF", 4, 8), fixed("HALF", 5)], "cannot take params"),
         ("SULQAttentionValue", [fixed("UINT8", 4, 4), LEVELS, fixed("HALF", 8, 8)], "cannot take packed of type UINT8"),
         ("SULQAttentionValue", [fixed("INT8", 4, 4), LEVELS, fixed("HALF", 9, 8)], "cannot take packed"),
-        ("SULQAttentionValue", [fixed("INT8", 4, 4), LEVELS, fixed("HALF", 8, 300)], "too wide"),
+        ("SULQAttentionValue", [fixed("INT8", 4, 4), LEVELS, fixed("HALF", 8, 300)], "D of at most 256"),
         ("W4A16Gemm", [fixed("HALF", 1, 256), fixed("UINT8", 48, 128), fixed("HALF", 2, 48), fixed("HALF", 48)], "weight of type UINT8"),
         ("W4A16Gemm", [fixed("HALF", 1, 256), fixed("HALF", 48, 128), fixed("HALF", 2, 48), fixed("HALF", 48)], "its bytes as int8"),
         ("W8A8Gemm", [fixed("INT8", 5, 99), fixed("INT8", 64, 98), fixed("FLOAT"), fixed("FLOAT", 64), fixed("HALF", 64)], "weight"),

@@ -20,7 +20,7 @@ from graphq.block_floats import BLOCKS, FormatName
 from graphq.calibration import open_calibration, random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
-from graphq.passes.block_float import BlockFloat
+from graphq.passes.block_float import HEADROOM, BlockFloat
 from graphq.passes.cast_float import CastFloat
 from graphq.passes.normalize import Normalize
 from graphq.pipeline import PassContext, PassRecord, run_passes
@@ -40,12 +40,21 @@ NET = """<ir_version: 10, opset_import: ["" : 21]>
 }"""
 
 
+Weighted = Callable[[str, np.random.Generator], ir.Model]
 Net = Callable[[], tuple[ir.Model, dict[str, np.ndarray]]]
 Converted = Callable[..., tuple[ir.Model, dict[str, np.ndarray], PassRecord]]
 
 
+def quantized(exact: ir.Model, x: np.ndarray, target: str = "tensorrt", **options: Any) -> tuple[ir.Model, PassRecord]:
+    model = ir.clone(exact)
+    data = open_calibration({"x": x}, ir.inputs(model))
+    ctx = PassContext(model=model, reference=exact, calib=data, held_out=data, target=get_target(target))
+    _, record = run_passes([Normalize(), BlockFloat(**options)], ctx, verify_graph)
+    return model, record
+
+
 @pytest.fixture
-def net(weighted: Callable[[str, np.random.Generator], ir.Model]) -> Net:
+def net(weighted: Weighted) -> Net:
     def net() -> tuple[ir.Model, dict[str, np.ndarray]]:
         rng = np.random.default_rng(0)
         model = weighted(NET, rng)
@@ -59,10 +68,8 @@ def net(weighted: Callable[[str, np.random.Generator], ir.Model]) -> Net:
 @pytest.fixture
 def converted(net: Net) -> Converted:
     def converted(target: str = "tensorrt", **options: Any) -> tuple[ir.Model, dict[str, np.ndarray], PassRecord]:
-        model, feeds = net()
-        data = open_calibration(feeds, ir.inputs(model))
-        ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target(target))
-        _, record = run_passes([Normalize(), BlockFloat(**options)], ctx, verify_graph)
+        exact, feeds = net()
+        model, record = quantized(exact, feeds["x"], target, **options)
         return model, feeds, record
 
     return converted
@@ -143,6 +150,46 @@ def test_a_target_without_small_floats_refuses_before_calibration(net: Net, kind
 def test_nothing_to_quantize_is_refused_before_calibration(net: Net) -> None:
     with pytest.raises(TargetError, match="no matrix product"):
         BlockFloat(exclude=("first", "second")).precheck(net()[0], get_target("tensorrt"))
+
+
+ONE = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 64] x, float[64, 96] w) => (float[n, 96] y) {
+    h = Relu(x)
+    [fc] y = MatMul(h, w)
+}"""
+
+
+def test_values_beyond_calibration_fit_up_to_the_headroom(weighted: Weighted) -> None:
+    rng = np.random.default_rng(0)
+    exact = weighted(ONE, rng)
+    x = rng.normal(size=(32, 64)).astype(np.float32)
+    model, _ = quantized(exact, x)
+    sqnr = []
+    for factor in (1, HEADROOM, 20 * HEADROOM):
+        want, got = (np.asarray(Executor(one).run({"x": np.float32(factor) * x})[0], np.float64) for one in (exact, model))
+        sqnr.append(10 * np.log10(np.sum(want**2) / np.sum((want - got) ** 2)))
+    assert sqnr[0] > 15 and abs(sqnr[1] - sqnr[0]) < 1 and sqnr[2] < 3
+
+
+def test_what_calibration_never_saw_stays_float(weighted: Weighted) -> None:
+    """It has no scale, and the operator set stays as it was: nothing was chosen."""
+    exact = weighted(ONE, np.random.default_rng(0))
+    model, record = quantized(exact, -np.ones((8, 64), np.float32), allow_no_effect=True)
+    assert record.skipped[0][1] == "calibration saw nothing but zeros in its input"
+    assert not record.edits and ir.opset(model) == 21
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_weight_that_products_share_is_stored_once(weighted: Weighted, kind: FormatName) -> None:
+    """Once as it is, and once in blocks along the other axis."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 64] x, float[64, 64] w) => (float[n, 64] y) {
+        h = MatMul(x, w)
+        t = MatMul(h, w)
+        y = Gemm<transB = 1>(t, w)
+    }"""
+    model, record = quantized(weighted(text, np.random.default_rng(0)), np.ones((8, 64), np.float32), format=kind)
+    assert not record.skipped
+    codes = [value for value in model.graph.initializers.values() if ir.shape_of(value) == (64, 64)]
+    assert sorted(len(value.uses()) for value in codes) == [1, 2]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
