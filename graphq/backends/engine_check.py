@@ -35,7 +35,7 @@ def run(engine: Path, facts: EngineFacts, model: ir.Model, target: Target, data:
         reference = Executor(model, [Fetch(name) for name in executor.outputs])
         found = verify.compare(reference, executor, data, executor.outputs)
     except TargetError as error:
-        return replace(facts, not_run=f"{error.what} {error.where}".strip())
+        return replace(facts, not_run=error.what)
     limit = min(CLOSE_DB, model_db) - SLACK_DB
     for output in found:
         if output.sqnr_db < limit:
