@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from graphq import ir
-from graphq.errors import RecipeError
+from graphq.errors import RecipeError, TargetError
 from graphq.names import did_you_mean
 
 PART_OF = "graphq.part_of"
@@ -34,3 +34,11 @@ def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
                 expected="the name of a node, with * and ?, or an operator type",
                 hint=did_you_mean(pattern, names) or "`graphq inspect --layers` lists the names",
             )  # fmt: skip
+
+
+def nothing_to_quantize(reasons: Iterable[str], expected: str) -> TargetError:
+    """The error of a pass that would change no node; `reasons` are why each stays as it is."""
+    return TargetError(
+        "There is nothing to quantize.", where="; ".join(sorted(set(reasons))[:3]), expected=expected,
+        hint="start from the float model; `graphq inspect --layers` lists the nodes with the reason why each stays float",
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from graphq import block_floats, ir, linear
 from graphq.block_floats import BLOCKS, OPSETS, FormatName
 from graphq.errors import TargetError
-from graphq.exclude import is_excluded, require_matches
+from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.observers import Range
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -51,10 +51,10 @@ class BlockFloat(Pass):
             )  # fmt: skip
         reasons = [self._refusal(node) for node in model.graph if node.op_type in ("Gemm", "MatMul") and not node.domain]
         if not self.allow_no_effect and None not in reasons:
-            raise TargetError(
-                "There is no matrix product to quantize in blocks.", where="; ".join(sorted(filter(None, set(reasons)))[:3]),
-                expected=f"at least one MatMul or Gemm with a constant float32 weight of a multiple of {BLOCKS[self.format]} inputs",
-            )  # fmt: skip
+            block = BLOCKS[self.format]
+            raise nothing_to_quantize(
+                filter(None, reasons), f"at least one MatMul or Gemm with a constant float32 weight of a multiple of {block} inputs"
+            )
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         reasons = {node: self._refusal(node) for node in model.graph if node.op_type in linear.LINEAR_OPS and not node.domain}

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq, ranges, twins
 from graphq.errors import TargetError
-from graphq.exclude import require_matches
+from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.passes import _bias, _center, _formats, _placement, _tables
 from graphq.passes._placement import Placement
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -89,11 +89,8 @@ class InsertQdq(Pass):
             )  # fmt: skip
         plan = self._place(model, target)
         if not plan.readers:
-            raise TargetError(
-                "There is nothing to quantize.", where="; ".join(sorted({reason for _, reason in plan.skipped})[:3]),
-                expected="at least one Conv, Gemm or MatMul with a constant float32 weight",
-                hint="start from the float model; `graphq inspect --layers` lists the nodes with the reason why each stays float",
-            )  # fmt: skip
+            reasons = (reason for _, reason in plan.skipped)
+            raise nothing_to_quantize(reasons, "at least one Conv, Gemm or MatMul with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         target = self._formatted(ctx.target)

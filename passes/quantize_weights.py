@@ -9,7 +9,7 @@ from pydantic import Field
 
 from graphq import ir, linear, qdq
 from graphq.errors import TargetError
-from graphq.exclude import is_excluded, require_matches
+from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.passes import _tables
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -52,11 +52,7 @@ class QuantizeWeights(Pass):
         if self.tables and any(_tables.lookups(model, self.exclude)):
             return
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
-            raise TargetError(
-                "There is no weight to quantize.", where="; ".join(sorted({str(reason) for reason in reasons})[:3]),
-                expected=f"at least one {', '.join(self.op_types)} with a constant float32 weight",
-                hint="start from the float model; `graphq inspect --layers` lists the nodes with reasons",
-            )  # fmt: skip
+            raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         ctx.edit.raise_opset(max(_spec(self.bits).opset, GROUP_OPSET if self.group_size else 0))

@@ -218,7 +218,7 @@ def test_a_recipe_file_that_is_not_there(refused: Callable[..., str], folder: Pa
 def test_a_pass_that_matches_nothing(refused: Callable[..., str], folder: Path) -> None:
     (folder / "bad.yaml").write_text("passes: [normalize, {quantize-weights: {op_types: [Conv]}}]\n")
     message = refused(recipe=folder / "bad.yaml")
-    assert "no weight to quantize" in message and "graphq inspect" in message
+    assert "nothing to quantize" in message and "graphq inspect" in message
 
 
 def test_an_unknown_target(refused: Callable[..., str]) -> None:

@@ -24,7 +24,7 @@ LOSS_DB = 10.0
 """What another pass may cost, of what insert-qdq alone reaches."""
 REFUSALS = {
     "insert-qdq": "nothing to quantize|changed nothing",
-    "quantize-weights": "no weight to quantize|changed nothing",
+    "quantize-weights": "nothing to quantize|changed nothing",
     "equalize": "changed nothing",
     "migrate": "changed nothing",
     "aqer": "changed nothing",
@@ -39,7 +39,8 @@ REFUSALS = {
 """Passes that find nothing to do behind insert-qdq and say so."""
 ELSEWHERE = {
     ("block-float", "mlp", "onnxruntime"): "does not take float4e2m1",
-    **{("block-float", "conv", target): "does not take float4e2m1|no matrix product" for target in TARGETS},
+    **{("block-float", "mlp", target): "changed nothing" for target in TARGETS[1:]},
+    **{("block-float", "conv", target): "does not take float4e2m1|nothing to quantize" for target in TARGETS},
     **{("lower", model, target): "no plugins" for model in ("mlp", "conv") for target in ("onnxruntime", "tensorrt-rtx")},
     ("lower", "conv", "generic"): "changed nothing",
 }

@@ -166,7 +166,7 @@ def test_refusals(case: str) -> None:
     proto = build(f"g (float[{'N, 6, 9' if case == 'kernel' else 'N, 6'}] x) => (float[] y) {{ {body} }}", **weights)
     if case in ("double",):
         proto.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
-    with pytest.raises(TargetError, match=f"There is no weight to quantize(?s:.*){reason}"):
+    with pytest.raises(TargetError, match=f"There is nothing to quantize(?s:.*){reason}"):
         quantize(proto, **options)
     model, record = quantize(proto, allow_no_effect=True, **options)
     ((where, said),) = record.skipped
