@@ -8,15 +8,15 @@ from types import MappingProxyType
 
 from onnx import defs
 
-from graphq import ir, ops, ops_softmax
+from graphq import ir, ops
 from graphq.half import Half
 
 GENERIC: Mapping[str, frozenset[str]] = MappingProxyType({
     "W4A16Gemm": frozenset({"x", "w_scale", "bias"}), "W8A8Gemm": frozenset({"bias"}), "W4A8Gemm": frozenset({"bias"}),
     "SULQSoftmax": frozenset({"x"}), "SULQSoftmaxCodes": frozenset({"x"}), "SULQAttentionValue": frozenset({"v"}),
 })  # fmt: skip
-"""Inputs of graphq's operators that are of the type T of `graphq.ops` and `graphq.ops_softmax`; so is a float output. Their bodies take any
-T. Other inputs, and those of all other functions, are float32."""
+"""Inputs of the operators of `graphq.ops` that are of the type T of their contracts; so is a float output. Their bodies take any T. Other
+inputs, and those of all other functions, are float32."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _function(node: ir.Node) -> Slots | str:
     """What becomes half in a call of a function of graphq."""
     if node.op_type not in GENERIC:
         return "functions of graphq compute in float32"
-    names = {**ops.OPERATORS, **ops_softmax.OPERATORS}[node.op_type].inputs
+    names = ops.OPERATORS[node.op_type].inputs
     given = [index for index, value in enumerate(node.inputs) if value is not None and value.dtype == ir.DataType.FLOAT]
     made = [index for index, value in enumerate(node.outputs) if value.dtype == ir.DataType.FLOAT]
     return Slots(tuple(index for index in given if names[index] in GENERIC[node.op_type]), tuple(made), False)

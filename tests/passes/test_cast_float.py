@@ -234,7 +234,6 @@ def test_functions_stay_float32() -> None:
 ATTENTION = """g (float[N, 4, 8] x) => (float[N, 4, 8] y) {
     a = MatMul(x, w)\nu = Transpose <perm = [0, 2, 1]> (a)\ns = MatMul(x, u)\np = Softmax(s)\nr = Relu(a)\ny = MatMul(p, r) }"""
 LOWERED = {
-    "W4A16Gemm": (layers("b = Relu(a)", width=64), (16, 64), (QuantizeWeights(bits=4, group_size=32), Lower())),
     "W8A8Gemm": (layers("b = Relu(a)", width=64), (16, 64), (InsertQdq(error_samples=0), Lower())),
     "SULQSoftmax": (build(ATTENTION, w=floats(8, 8)), (16, 4, 8), (SulqSoftmax(bits=6), Lower())),
     "SULQAttentionValue": (build(ATTENTION, w=floats(8, 8)), (16, 4, 8), (SulqSoftmax(bits=4), Lower())),
