@@ -1,4 +1,4 @@
-"""Half precision: what float16 and bfloat16 hold, which operators are defined for them, and how a model in them is run honestly.
+"""Half precision: what float16 and bfloat16 hold, and how a model in them is run honestly.
 
 ONNX Runtime's CPU computes most float16 operators in float32 and drops the casts between them, so that nothing ever overflows
 (the square of 3000 comes out as 9 million), and has no bfloat16 operators at all. `emulated` therefore writes each half value as
@@ -7,13 +7,12 @@ a float32 one that is rounded by a pair of Casts, which the runtime keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
-from onnx import defs
 
 from graphq import ir
 from graphq.editor import Editor
@@ -58,52 +57,6 @@ HALVES: Mapping[str, Half] = MappingProxyType({
 CODES = frozenset(half.code for half in HALVES.values())
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Which float32 values of a node become half if the node does.
-
-    Attributes:
-        inputs: Indices of inputs; float32 inputs that are not named have no other type (the scales of a Resize).
-        outputs: Indices of outputs.
-        moves: Whether the operator only moves elements: it takes text as well as numbers.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    moves: bool
-
-
-def slots(node: ir.Node, opset: int, half: Half) -> Slots | str:
-    """What becomes half in `node` by its definition in `opset`, or why it has to stay float32."""
-    wide = ir.DataType.FLOAT
-    try:
-        schema = defs.get_schema(node.op_type, opset, node.domain)
-    except defs.SchemaError:
-        return f"{node.domain or 'ai.onnx'}.{node.op_type} is not an operator of ONNX"
-    named = f"tensor({half.storage})"
-    given = [(index, _formal(schema.inputs, index)) for index, value in enumerate(node.inputs) if value is not None and value.dtype == wide]
-    made = [(index, _formal(schema.outputs, index)) for index, value in enumerate(node.outputs) if value.dtype == wide]
-    inputs = [(index, formal) for index, formal in given if named in formal.types]
-    tied = {formal.type_str for _, formal in inputs}
-    if node.op_type == "DequantizeLinear" and not ir.attribute(node, "output_dtype", 0):  # from opset 23 on its definition does not say so
-        tied |= {schema.outputs[0].type_str} if 1 in dict(inputs) else set()
-    unnamed = f"it has no {half.storage} form in opset {opset}"
-    for index, formal in made:
-        if named not in formal.types:
-            return unnamed
-        if formal.type_str not in tied and node.op_type != "Cast" and (node.outputs[index].uses() or node.outputs[index].is_graph_output()):
-            return f"its output {formal.name} is float32 whatever it reads"
-    if not inputs and not made:
-        return unnamed
-    moves = all("tensor(string)" in formal.types for _, formal in [*inputs, *made])
-    return Slots(tuple(index for index, _ in inputs), tuple(index for index, _ in made if node.outputs[index].name), moves)
-
-
-def _formal(parameters: Sequence[defs.OpSchema.FormalParameter], index: int) -> defs.OpSchema.FormalParameter:
-    """The definition of input or output `index`: the last one stands for all that follow."""
-    return parameters[min(index, len(parameters) - 1)]
-
-
 def is_half(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in CODES
 
@@ -116,8 +69,8 @@ def has_half(model: ir.Model) -> bool:
 def emulated(model: ir.Model) -> ir.Model:
     """A model that computes in float32 what `model` computes in half precision, rounded after each node; names stay.
 
-    What it returns and is fed keeps its type. `model` itself comes back if it holds no half values, or if they cannot be told
-    apart: types are not stated, or some lie in subgraphs and functions.
+    What it returns and is fed keeps its type. A call of a function of graphq counts as one node. `model` itself comes back if it holds
+    no half values, or if they cannot be told apart: types are not stated, or some lie in subgraphs or in functions of others.
     """
     if not has_half(model) or any(_is_hidden(node, model) for node in ir.all_nodes(model)):
         return model
@@ -159,6 +112,6 @@ def _read_wide(edit: Editor, out: ir.Value, narrow: ir.Value) -> None:
 def _is_hidden(node: ir.Node, model: ir.Model) -> bool:
     """Whether `node` may compute in half precision where `emulated` does not look, or with types that it does not know."""
     values = [*node.inputs, *node.outputs]
-    if node.graph is not model.graph or node.domain:
+    if node.graph is not model.graph or node.domain not in ("", ir.DOMAIN):
         return any(map(is_half, values))
     return any(value is not None and value.dtype is None and value.type is None for value in node.outputs if value.name)

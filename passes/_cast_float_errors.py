@@ -10,8 +10,9 @@ from graphq import ir, qdq
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.executor import BATCH, Executor, Fetch
-from graphq.half import Half, Slots
+from graphq.half import Half
 from graphq.noise import decibel
+from graphq.passes._cast_float_slots import Slots
 from graphq.twins import TWINS_AT_ONCE, Disturbed
 
 
@@ -111,7 +112,9 @@ class _Probe:
             inputs[index] = self._rounded[value]
         out = node.outputs[0]
         attributes = {key: entry.value for key, entry in node.attributes.items()}
-        copy = self.edit.insert(node, node.op_type, inputs, output=f"{name}_twin", attributes=attributes, like=out, after=True)
+        copy = self.edit.insert(
+            node, node.op_type, inputs, domain=node.domain, output=f"{name}_twin", attributes=attributes, like=out, after=True
+        )
         rounded = copy if self.inputs_only else self._round(copy, copy.producer())
         finite = self._after(rounded, "LessOrEqual", [self._after(rounded, "Abs", [out]), self._limit])
         error, plain = (self._after(finite, "Where", [finite, value, self._zero])

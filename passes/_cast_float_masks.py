@@ -11,9 +11,10 @@ import numpy as np
 
 from graphq import ir
 from graphq.editor import Editor
-from graphq.half import Half, slots
+from graphq.half import Half
 from graphq.observers import Range
 from graphq.passes import _cast_float_errors as errors
+from graphq.passes._cast_float_slots import slots
 from graphq.pipeline import PassContext
 
 ENOUGH = 8
@@ -21,6 +22,9 @@ ENOUGH = 8
 
 ZERO = 200.0
 """A mask is at least so large: the exponential of minus that is 0 in float32, and so is that of any score below it."""
+
+
+SOFTMAXES = ("Softmax", "SULQSoftmax", "SULQSoftmaxCodes")
 
 
 @dataclass
@@ -106,10 +110,10 @@ def _follow(value: ir.Value, half: Half, opset: int) -> _Paths | None:
             definition = slots(node, opset, half)
             if node.op_type == "Mul" and not node.domain:
                 paths.factors |= beside
-            elif isinstance(definition, str) or not (definition.moves or node.op_type in ("Add", "Softmax")):
+            elif isinstance(definition, str) or not (definition.moves or node.op_type in ("Add", *SOFTMAXES)):
                 return None
-            elif node.op_type != "Softmax":
+            elif node.op_type not in SOFTMAXES:
                 paths.others |= beside
-            if node.op_type != "Softmax" and node.outputs[0] not in paths.values:
+            if node.op_type not in SOFTMAXES and node.outputs[0] not in paths.values:
                 waiting.append(node.outputs[0])
     return paths

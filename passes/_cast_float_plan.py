@@ -12,10 +12,11 @@ from graphq import ir, linear
 from graphq.calibration import CalibrationSet
 from graphq.exclude import is_excluded
 from graphq.executor import sample_size
-from graphq.half import Half, Slots, slots
+from graphq.half import Half
 from graphq.observers import Range, Stat
 from graphq.passes import _cast_float_errors as errors
 from graphq.passes._cast_float_math import BORDER, Wire, constant_loss, float32_nodes
+from graphq.passes._cast_float_slots import Slots, slots
 from graphq.pipeline import PassContext
 
 WIDE = ir.DataType.FLOAT
@@ -33,6 +34,9 @@ BOUNDS = {"Clip": (1, 2)}
 
 SCALES = {"QuantizeLinear": (1,), "DequantizeLinear": (1,)}
 """Constant inputs of which each element counts, unless what they scale is constant itself; none of them becomes 0."""
+
+PRODUCTS = ("W4A16Gemm", "SULQAttentionValue")
+"""Operators of graphq that are products of floats."""
 
 USUAL_DB = {"float16": 62.0, "bfloat16": 44.0}
 """What a node keeps at its own output, at least, unless half precision does not suit it: most keep 68 or 50 dB (ViT-Tiny, MiniLM,
@@ -108,13 +112,11 @@ def _drop(plan: Plan, reason_of: Callable[[ir.Node], str | None]) -> None:
 
 
 def _definition(node: ir.Node, opset: int, half: Half, exclude: Sequence[str]) -> Slots | str:
-    """What ONNX says of the node."""
+    """What the definition of its operator says of the node."""
     if is_excluded(node, exclude):
         return "excluded by the recipe"
     if any(ir.subgraphs(node)):
         return "it has subgraphs, which stay float32"
-    if node.domain == ir.DOMAIN:
-        return "functions of graphq compute in float32"
     if any(value is not None and value.name and value.dtype is None for value in (*node.inputs, *node.outputs)):
         return "the element type of what it reads or makes is not known"
     return slots(node, opset, half)
@@ -233,7 +235,7 @@ def _settle(plan: Plan, ctx: PassContext) -> None:
                 producer = ir.producer(value)
                 cost = CAST_BYTES * _elements(value) + LAUNCH_BYTES
                 wires[value] = Wire(numbers.get(producer, BORDER) if producer else BORDER, tuple(readers), cost)
-    linear_nodes = [numbers[node] for node in plan.half if node.op_type in linear.LINEAR_OPS]
+    linear_nodes = [numbers[node] for node in plan.half if node.op_type in (*linear.LINEAR_OPS, *PRODUCTS)]
     work = [SAVED_BYTES * sum(map(_elements, _touched(node))) for node in nodes]
     chosen = float32_nodes(linear_nodes, [numbers[node] for node in plan.kept], work, wires.values())
     _drop(plan, lambda node: "Casts around it would cost more than it saves" if numbers[node] in chosen else None)

@@ -31,8 +31,9 @@ class CastFloat(Pass):
 
     A node stays float32 if ONNX does not define it for the type, if a value near it was seen to come too near to the type's
     limits, if a constant that it reads gets lost, or if it alone, reading and making rounded values, changes the outputs too much; then
-    those around it stay float32 whose Casts would cost more than they save. Subgraphs and functions stay float32; masks of a Softmax
-    that stand for minus infinity become numbers that the type holds. It has to be the last pass: others look for float32.
+    those around it stay float32 whose Casts would cost more than they save. Subgraphs stay float32, and so do functions, but for the
+    operators of graphq that take any float type; masks of a Softmax that stand for minus infinity become numbers that the type holds.
+    It comes after all passes that look for float32, which are all but `lower`.
 
     Attributes:
         precision: `fp16` (11 significant bits, up to 65504) or `bf16` (8 bits, the range of float32).

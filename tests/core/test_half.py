@@ -1,4 +1,4 @@
-"""Half precision: what ONNX defines for it, and numbers that are those of the types, not of ONNX Runtime's CPU."""
+"""Half precision: numbers that are those of the types, not of ONNX Runtime's CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from graphq import half, ir
 from graphq.executor import Executor, Fetch
-from graphq.half import HALVES, Slots
+from graphq.half import HALVES
 
 X = np.array([[3000.0, 1.0009766, -0.3333, 1e-6, 70.0]], np.float32)
 TYPES = {"fp16": ("float16", np.float16), "bf16": ("bfloat16", ml_dtypes.bfloat16)}
@@ -86,35 +86,3 @@ def test_what_is_not_understood_is_run_as_it_is(body: str) -> None:
 def test_float32_models_are_run_as_they_are() -> None:
     graph = model("y = Mul(x, x)")
     assert not half.has_half(graph) and half.emulated(graph) is graph
-
-
-# ---- definitions ----------------------------------------------------------------------------------------------------
-
-ROWS = [
-    ("y = Add(x, x)", "bf16", 22, Slots((0, 1), (0,), False)),
-    ("y = Transpose(x)", "fp16", 21, Slots((0,), (0,), True)),
-    ("y = Concat <axis = 0> (x, x, x)", "fp16", 21, Slots((0, 1, 2), (0,), True)),
-    ("y = Resize(x, , s)", "fp16", 21, Slots((0,), (0,), True)),
-    ("y = DequantizeLinear(i, s)", "bf16", 22, Slots((1,), (0,), False)),
-    ("y = DequantizeLinear(i, s)", "fp16", 23, Slots((1,), (0,), False)),
-    ("y = DequantizeLinear(i, s)", "bf16", 24, Slots((1,), (0,), False)),
-    ("y = DequantizeLinear <output_dtype = 1> (i, s)", "fp16", 23, "its output y is float32 whatever it reads"),
-    ("y = QuantizeLinear(x, s)", "fp16", 21, Slots((0, 1), (), False)),
-    ("y = QuantizeLinear(x, s)", "fp16", 23, Slots((0, 1), (), False)),
-    ("y = QuantizeLinear(x, s)", "bf16", 24, Slots((0, 1), (), False)),
-    ("y = Cast <to = 1> (i)", "fp16", 21, Slots((), (0,), True)),
-    ("y = MaxPool <kernel_shape = [1]> (x)", "fp16", 21, Slots((0,), (0,), False)),
-    ("y = MaxPool <kernel_shape = [1]> (x)", "bf16", 21, "it has no bfloat16 form in opset 21"),
-    ("y = MaxPool <kernel_shape = [1]> (x)", "bf16", 22, Slots((0,), (0,), False)),
-    ("y = Range(s, s, s)", "fp16", 21, "it has no float16 form in opset 21"),
-    ("y = RandomNormal <shape = [1, 5]> ()", "fp16", 21, "its output output is float32 whatever it reads"),
-    ("y = com.microsoft.FastGelu(x)", "fp16", 21, "com.microsoft.FastGelu is not an operator of ONNX"),
-]
-
-
-@pytest.mark.parametrize(("body", "name", "opset", "expected"), ROWS)
-def test_slots_are_read_off_the_definitions(body: str, name: str, opset: int, expected: Slots | str) -> None:
-    made = "uint8[1, 5] y" if "y = Quantize" in body else "float[1, 5] y"
-    graph = model(body, outputs=made, inner="float[4] s = {1, 1, 1, 1}, int8[1, 5] i = {1, 2, 3, 4, 5}", opset=opset)
-    (node,) = graph.graph
-    assert half.slots(node, opset, HALVES[name]) == expected

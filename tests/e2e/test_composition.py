@@ -43,6 +43,7 @@ ELSEWHERE = {
     **{("block-float", "conv", target): "does not take float4e2m1|nothing to quantize" for target in TARGETS},
     **{("lower", model, target): "no plugins" for model in ("mlp", "conv") for target in ("onnxruntime", "tensorrt-rtx")},
     ("lower", "conv", "generic"): "changed nothing",
+    **{("block-float", "mlp", target): "changed nothing" for target in ("tensorrt-rtx", "generic")},
 }
 """Passes that are for other targets, or for other models."""
 MODELS = {

@@ -27,8 +27,10 @@ from graphq.passes import _cast_float_math as math
 from graphq.passes.block_float import BlockFloat
 from graphq.passes.cast_float import CastFloat
 from graphq.passes.insert_qdq import InsertQdq
+from graphq.passes.lower import Lower
 from graphq.passes.normalize import Normalize
 from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.sulq_softmax import SulqSoftmax
 from graphq.pipeline import Pass, PassContext, PassRecord, run_passes
 from graphq.targets import get_target, require_legal
 from graphq.verify import require_same_interface, verify_graph
@@ -227,6 +229,28 @@ def test_functions_stay_float32() -> None:
     model, record = cast(proto, {"x": floats(8, 8)})
     assert reason_for("Twice", record) == "functions of graphq compute in float32" and casts(model) == 4
     assert sqnr(run(proto, {"x": floats(8, 8)}), run(model, {"x": floats(8, 8)})) > 55
+
+
+ATTENTION = """g (float[N, 4, 8] x) => (float[N, 4, 8] y) {
+    a = MatMul(x, w)\nu = Transpose <perm = [0, 2, 1]> (a)\ns = MatMul(x, u)\np = Softmax(s)\nr = Relu(a)\ny = MatMul(p, r) }"""
+LOWERED = {
+    "W8A8Gemm": (layers("b = Relu(a)", width=64), (16, 64), (InsertQdq(error_samples=0), Lower())),
+    "SULQSoftmax": (build(ATTENTION, w=floats(8, 8)), (16, 4, 8), (SulqSoftmax(bits=6), Lower())),
+    "SULQAttentionValue": (build(ATTENTION, w=floats(8, 8)), (16, 4, 8), (SulqSoftmax(bits=4), Lower())),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", LOWERED)
+def test_operators_of_graphq_become_half(name: str, precision: str) -> None:
+    """Each in what its contract calls T, with no Cast around it; a code of 4 bits may become its neighbour."""
+    proto, shape, passes = LOWERED[name]
+    x = floats(*shape)
+    model, _ = cast(proto, {"x": x}, *passes, precision=precision, target="generic", min_sqnr_db=0)
+    calls = [node for node in model.graph if node.op_type == name]
+    assert any(node.outputs[0].dtype == HALVES[precision].code for node in calls) and casts(model) <= 2
+    lowered = quantize(proto, {"x": x}, *passes, target="generic")[0]
+    assert sqnr(run(lowered, {"x": x}), run(model, {"x": x})) > (40 if precision == "fp16" else 30)
 
 
 def test_subgraphs_stay_float32_and_read_float32() -> None:
