@@ -16,7 +16,7 @@ from onnx_ir import DataType, Function, Graph, Model, Node, Shape, Value, from_o
 
 from graphq.errors import ModelError
 from graphq.spec import ModelInput
-from graphq.untrusted import check_names, check_tensors
+from graphq.untrusted import check_file, check_names, check_tensors
 
 __all__ = [
     "DOMAIN", "DataType", "Function", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
@@ -34,10 +34,6 @@ _NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "in
 }  # fmt: skip
 
 
-_ENGINES = (b"ftrt", b"vtrt")
-"""First bytes of the engines of TensorRT and TensorRT-RTX."""
-
-
 # ---- reading and writing --------------------------------------------------------------------------------------------
 
 
@@ -49,16 +45,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             too short or outside the model's folder.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError("There is no such model file.", where=str(path), expected="an ONNX file, not a folder", hint="check the path")
-    if path.stat().st_size == 0:
-        raise ModelError("The model file is empty.", where=str(path), expected="an ONNX model", hint="export the model again")
-    with path.open("rb") as file:
-        if file.read(4) in _ENGINES:
-            raise ModelError(
-                "This is a TensorRT engine, not an ONNX model.", where=str(path), expected="an ONNX file",
-                hint="`graphq bench` runs engines; what was done to one is in the folder that `--report` named",
-            )  # fmt: skip
+    check_file(path)
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except Exception as error:  # protobuf raises several unrelated types

@@ -11,6 +11,25 @@ import onnx
 from graphq.errors import ModelError
 
 
+_ENGINES = (b"ftrt", b"vtrt")
+"""First bytes of the engines of TensorRT and TensorRT-RTX."""
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file, is empty, or is an engine. Raises ModelError."""
+    if not path.is_file():
+        raise ModelError("There is no such model file.", where=str(path), expected="an ONNX file, not a folder", hint="check the path")
+    if path.stat().st_size == 0:
+        raise ModelError("The model file is empty.", where=str(path), expected="an ONNX model", hint="export the model again")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start in _ENGINES:
+        raise ModelError(
+            "This is a TensorRT engine, not an ONNX model.", where=str(path), expected="an ONNX file",
+            hint="`graphq bench` runs engines; what was done to one is in the folder that `--report` named",
+        )  # fmt: skip
+
+
 def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
     for node in graph.node:

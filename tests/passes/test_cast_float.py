@@ -23,7 +23,6 @@ from graphq.executor import Executor, Fetch
 from graphq.half import HALVES
 from graphq.models import digits, onnx_path
 from graphq.noise import decibel
-from graphq.passes import _cast_float_math as math
 from graphq.passes.block_float import BlockFloat
 from graphq.passes.cast_float import CastFloat
 from graphq.passes.insert_qdq import InsertQdq
@@ -489,32 +488,3 @@ def test_tensorrt_takes_it(name: str, others: tuple[Pass, ...], precision: str) 
         pytest.skip("TensorRT-RTX is not installed (pip install graphq[tensorrt-rtx])")
     model, _ = cast(onnx.load(onnx_path(name)), {"input": digits.calibration(32)}, *others, precision=precision)
     assert tensorrt.parse(model, get_target("tensorrt-rtx")) == []
-
-
-# ---- the cut --------------------------------------------------------------------------------------------------------
-
-
-def cost(chosen: set[int], work: list[float], wires: list[math.Wire]) -> float:
-    def wide(node: int) -> bool:
-        return node == math.BORDER or node in chosen
-
-    return sum(work[node] for node in chosen) + sum(
-        wire.cast for wire in wires if any(wide(reader) != wide(wire.producer) for reader in wire.readers)
-    )
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_the_cut_is_the_cheapest_choice(seed: int) -> None:
-    """Against all choices; costs in whole capacity units, so that nothing is rounded."""
-    rng, count = np.random.default_rng(seed), 9
-    work = [1024.0 * int(rng.integers(1, 6)) for _ in range(count)]
-    wires = [math.Wire(math.BORDER, (0, 1), 2048.0), math.Wire(count - 1, (math.BORDER,), 3072.0)]
-    wires += [math.Wire(node, tuple(rng.choice(np.arange(node + 1, count), min(2, count - 1 - node), replace=False).tolist()),
-                        1024.0 * int(rng.integers(1, 9))) for node in range(count - 1)]  # fmt: skip
-    half, wide = [2, 5], [3, 7]
-    found = math.float32_nodes(half, wide, work, wires)
-    free = [node for node in range(count) if node not in half + wide]
-    choices = [{*wide, *(node for bit, node in enumerate(free) if mask >> bit & 1)} for mask in range(1 << len(free))]
-    best = min(cost(choice, work, wires) for choice in choices)
-    assert cost(found, work, wires) == best and set(wide) <= found and not found & set(half)
-    assert len(found) == min(len(choice) for choice in choices if cost(choice, work, wires) == best)
