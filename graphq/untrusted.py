@@ -10,7 +10,6 @@ import onnx
 
 from graphq.errors import ModelError
 
-
 _ENGINES = (b"ftrt", b"vtrt")
 """First bytes of the engines of TensorRT and TensorRT-RTX."""
 
