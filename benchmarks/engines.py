@@ -52,7 +52,7 @@ def build(name: str, recipe: str, calib: Any, folder: Path) -> Row:
     try:
         found = graphq.convert(
             ASSETS / "models" / f"{MODELS[name]}.onnx", folder / "m.engine", recipe=recipe, calib=calib, target=TARGET, emit="engine",
-            limits={"min_cosine": None, "max_size_ratio": 2},
+            limits={"min_cosine": None, "max_size_ratio": None},
         )  # fmt: skip
     except (TargetError, VerifyError) as error:
         where = f" ({error.where.splitlines()[0][:120]})" if error.where else ""
