@@ -3,7 +3,7 @@
     rtx_build.py MODEL.onnx CALIB.npz
 
 The file goes to graphq's own builder as it is: strongly typed, so precision is what the file says. Open axes take the shape of
-the calibration arrays, the first of them being the batch (graphq/backends/tensorrt.py has the ranges).
+the calibration arrays, the first of them being the batch (graphq/backends/engine_shapes.py has the ranges).
 """
 
 from __future__ import annotations

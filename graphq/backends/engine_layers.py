@@ -1,7 +1,8 @@
 """What a builder made of a model: the plan that it logs, read, and held against the types that the graph asks for.
 
-TensorRT and TensorRT-RTX describe each layer of an engine in one line of their verbose log, if the builder was asked for detailed
-profiling. That needs no GPU. A layer that computes lists the ONNX nodes that it came from and the types of what it reads:
+TensorRT-RTX 1.7 describes each layer of an engine in one line of its verbose log, if the builder was asked for detailed profiling. That
+needs no GPU. Whether TensorRT writes the same lines was not tried: where none are read, what nodes got is unknown.
+A layer that computes lists the ONNX nodes that it came from and the types of what it reads:
 
     Name: fc1_myl0_18, LayerType: gemm, Inputs: [ { Name: a, Dimensions: [-1,192], ..., Datatype: Int8, ... }],
     Constants: [ { Name: b, Dimensions: [192,768], ..., Datatype: Int8, ...}, ...], Outputs: [...], TacticName: ...,

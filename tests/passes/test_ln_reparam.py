@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -318,17 +317,6 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 
 
 # ---- a real model ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def assets() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("assets", ASSETS / "assets.py")
-    if spec is None or spec.loader is None or not (ASSETS / "assets.py").is_file():
-        pytest.skip(f"there are no assets in {ASSETS}")
-    pytest.importorskip("PIL", reason="Pillow is not installed (pip install graphq[images])")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("bits", [4, 8])
