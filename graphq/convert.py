@@ -173,6 +173,10 @@ def _check_request(plan: Recipe, target: Target, emit: str, out: Path, engine: E
         raise UsageError(
             f"Target {target.name} has no engines.", where="--emit engine", expected=f"--target {engines}", hint="or --emit onnx"
         )
+    if emit == "engine":
+        from graphq.backends import tensorrt
+
+        tensorrt.load_package(target)
     is_engine_name = out.suffix.lower() in ENGINE_SUFFIXES
     if is_engine_name and emit != "engine" or out.suffix.lower() == ".onnx" and emit == "engine":
         raise UsageError(

@@ -53,7 +53,7 @@ def emit_engine(model: ir.Model, out: Path, target: Target, data: CalibrationSet
         TargetError: the package is missing, its parser refuses a node, or its builder fails.
         UsageError: a range does not fit the model's inputs.
     """
-    _load(target)
+    load_package(target)
     shapes = {name: array.shape for name, array in next(data.batches(1)).items()}
     with _saved(with_plugins(model) if options.plugins else model) as file:
         built = build(file, shapes, target, options, progress, model)
@@ -145,7 +145,7 @@ class Network:
     """
 
     def __init__(self, file: Path, target: Target) -> None:
-        self.trt = trt = _load(target)
+        self.trt = trt = load_package(target)
         self.log = log_of(trt)
         try:
             self.builder: Any = trt.Builder(self.log)
@@ -221,7 +221,7 @@ def _input(tensor: Any) -> Input:
     return Input(tensor.name, shape, tuple(tensor.get_dimension_name(axis) or None for axis in range(len(shape))))
 
 
-def _load(target: Target) -> Any:
+def load_package(target: Target) -> Any:
     """The Python package of `target`."""
     try:
         return importlib.import_module(PACKAGES[target.name])

@@ -235,6 +235,14 @@ def test_a_result_named_after_something_else(refused: Callable[..., str], folder
     assert "that of an engine" in refused(code=2, out=folder / "out" / "small.engine")
 
 
+def test_an_engine_without_its_package_is_refused_before_the_model_is_read(
+    refused: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    message = refused(model=folder / "missing.onnx", emit="engine", target="tensorrt", out=folder / "out" / "m.engine")
+    assert "pip install tensorrt" in message
+
+
 def test_engine_options_without_an_engine(refused: Callable[..., str]) -> None:
     assert "no engine to build" in refused(code=2, engine="sparse", target="tensorrt-rtx")
 
