@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from graphq import ir, linear
+from graphq import ir, linear, stored
 from graphq.executor import Executor
 
 _INTEGER = frozenset({
@@ -159,10 +159,5 @@ def _linear_before(node: ir.Node) -> ir.Node | None:
 
 
 def _weight_names(node: ir.Node) -> Iterator[str]:
-    """Names of the weight's value and, if it is dequantized, of its codes."""
-    value = linear.weight_of(node)
-    maker = ir.producer(value)
-    if value is not None and value.is_initializer() and value.name:
-        yield value.name
-    if maker is not None and maker.op_type == "DequantizeLinear" and maker.inputs[0] is not None and maker.inputs[0].name:
-        yield maker.inputs[0].name
+    """Names of what the weight is stored as: itself, or codes, scales and zero points."""
+    yield from (part.name for part in stored.parts(linear.weight_of(node)) if part.name)

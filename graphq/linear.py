@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir
+from graphq import ir, stored
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def linear_refusal(node: ir.Node) -> str | None:
     if op is None:
         return "not an operator with weights"
     weight = weight_of(node)
-    maker = ir.producer(weight)
-    if maker is not None and maker.op_type == "DequantizeLinear":
+    if stored.is_stored(weight):
         return "it is quantized already"
     if weight is None or weight.const_value is None or not weight.is_initializer() or weight.is_graph_input():
         return "its weight is not a constant of the graph"

@@ -6,13 +6,14 @@ DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from graphq import ir, linear, ops
+from graphq import ir, linear, ops, stored
 from graphq.editor import Editor
 from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
@@ -185,25 +186,33 @@ def has_small_floats(model: ir.Model) -> bool:
 
 
 def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
-    """Bytes of the quantized weights as float32, and as stored with their scales and zero points."""
+    """Bytes of the quantized weights and tables as float32, and as stored with their scales and zero points."""
     before, after = 0, 0
     seen: set[ir.Value] = set()
+    for floats, parts in _stored_arrays(model):
+        fresh = [part for part in dict.fromkeys(parts) if part not in seen and part.const_value is not None]
+        if fresh:
+            seen.update(fresh)
+            before += 4 * floats
+            after += sum(part.const_value.nbytes for part in fresh if part.const_value is not None)
+    return before, after
+
+
+def _stored_arrays(model: ir.Model) -> Iterator[tuple[int, list[ir.Value]]]:
+    """Elements of each weight or table that is stored as codes, and what it is made of: those of layers first."""
     for node in ir.all_nodes(model):
         if node.domain == ir.DOMAIN and node.op_type in ops.OPERATORS:
             packed = dict(zip(ops.OPERATORS[node.op_type].inputs, node.inputs, strict=True))
             inputs = (ir.shape_of(node.inputs[0]) or (0,))[-1]
-            if "weight" in packed and packed["weight"] not in seen and isinstance(inputs, int):
-                seen.add(packed["weight"])  # type: ignore[arg-type]
-                before += 4 * inputs * ir.constant_shape(packed["weight"])[0]
-                arrays = [ir.constant(packed[key]) for key in ("weight", "w_scale")]
-                after += sum(array.nbytes for array in arrays if array is not None)
+            if "weight" in packed and isinstance(inputs, int):
+                parts = [packed[key] for key in ("weight", "w_scale")]
+                yield inputs * ir.constant_shape(packed["weight"])[0], [part for part in parts if part is not None]
+        elif node.domain == "" and node.op_type in linear.LINEAR_OPS and stored.is_stored(weight := linear.weight_of(node)):
+            yield math.prod(dim for dim in ir.shape_of(weight) or (0,) if isinstance(dim, int)), stored.parts(weight)
+    for node in ir.all_nodes(model):
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
-        if codes is None or codes in seen or not codes.is_initializer() or codes.const_value is None or codes.dtype == ir.DataType.INT32:
-            continue
-        seen.add(codes)
-        before += 4 * int(np.prod(ir.constant_shape(codes)))
-        after += sum(value.const_value.nbytes for value in node.inputs if value is not None and value.const_value is not None)
-    return before, after
+        if codes is not None and codes.is_initializer() and codes.const_value is not None and codes.dtype != ir.DataType.INT32:
+            yield math.prod(ir.constant_shape(codes)), [value for value in node.inputs if value is not None]
 
 
 def quantized_nodes(model: ir.Model, target: Target) -> dict[str, int]:
@@ -216,7 +225,7 @@ def quantized_nodes(model: ir.Model, target: Target) -> dict[str, int]:
         if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
         if node.op_type in linear.LINEAR_OPS:
-            found = _made_by(linear.weight_of(node), "DequantizeLinear")
+            found = stored.is_stored(linear.weight_of(node))
         elif node.op_type in target.ops:
             uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
             reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphq import ir, linear, precision
+from graphq import ir, linear, precision, stored
 from graphq.calibration import CalibrationSet
 from graphq.exclude import is_excluded
 from graphq.executor import BATCH, Executor, Fetch
@@ -46,32 +46,15 @@ def _refusal(node: ir.Node, exclude: Sequence[str]) -> str | None:
         return "a position of its output sums over several rows, so that rows cannot have scales of their own"
     if ir.attribute(node, "transA", 0):
         return "its data is transposed, so that rows are channels"
-    if not is_fixed(linear.weight_of(node)):
+    if not stored.is_fixed(linear.weight_of(node)):
         return "its weight is not a constant of the graph"
     data = linear.data_of(node)
-    if is_fixed(data) or not ir.is_float(data):
+    if stored.is_fixed(data) or not ir.is_float(data):
         return "its data input is not a float32 activation"
     maker = data.producer()
     if maker is not None and (maker.op_type == "DequantizeLinear" or maker.domain == ir.DOMAIN):
         return "its data input is quantized already"
     return None
-
-
-def is_fixed(value: ir.Value | None) -> bool:
-    """Whether `value` depends on constants only, such as the output of a DequantizeLinear of stored codes."""
-    seen, stack = set[ir.Value](), [value]
-    while stack:
-        one = stack.pop()
-        maker = ir.producer(one)
-        if one is None or one in seen:
-            continue
-        seen.add(one)
-        if maker is None or not maker.inputs:
-            if ir.constant(one) is None:
-                return False
-        else:
-            stack += [entry for entry in maker.inputs if entry is not None]
-    return value is not None
 
 
 def rows(model: ir.Model, values: Sequence[ir.Value], data: CalibrationSet) -> dict[ir.Value, np.ndarray]:
@@ -86,18 +69,8 @@ def rows(model: ir.Model, values: Sequence[ir.Value], data: CalibrationSet) -> d
 
 
 def matrix(model: ir.Model, node: ir.Node) -> np.ndarray:
-    """The weight of a MatMul or Gemm as [D, O], float32; it may be computed from constants (see `is_fixed`)."""
+    """The weight of a MatMul or Gemm as [D, O], float32; it may be stored as codes."""
     value = linear.weight_of(node)
-    array = ir.constant(value)
-    if array is None and value is not None:
-        (array,) = Executor(model, [Fetch(value.name or "")], nodes=_makers(value), feeds={}).run({})
-    assert array is not None
+    assert value is not None
+    array = stored.decode(model, value)
     return array.T if linear.in_axis(node) else array
-
-
-def _makers(value: ir.Value | None) -> list[ir.Node]:
-    """The nodes that `value` depends on, in order."""
-    maker = ir.producer(value)
-    if maker is None:
-        return []
-    return list(dict.fromkeys([*(one for entry in maker.inputs for one in _makers(entry)), maker]))

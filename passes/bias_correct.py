@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear
+from graphq import ir, linear, stored
 from graphq.passes import _bias
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.sweep import Batches
@@ -56,5 +56,4 @@ def channel_mean(batches: Batches, axis: int) -> np.ndarray:
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    weight = ir.producer(linear.weight_of(node))
-    return weight is not None and weight.op_type == "DequantizeLinear"
+    return stored.is_stored(linear.weight_of(node))

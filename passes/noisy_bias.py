@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear
+from graphq import ir, linear, stored
 from graphq.exclude import is_excluded, require_matches
 from graphq.passes import _bias, _pairs, _token_layers
 from graphq.passes import _noisy_bias_math as math
@@ -104,7 +104,7 @@ class NoisyBias(Pass):
 
 def _has_matrix(node: ir.Node) -> bool:
     weight = linear.weight_of(node)
-    return _token_layers.is_fixed(weight) and len(ir.shape_of(weight) or ()) == 2
+    return stored.is_fixed(weight) and len(ir.shape_of(weight) or ()) == 2
 
 
 def _leaves_kernel(value: ir.Value, target: Target) -> bool:
