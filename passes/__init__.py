@@ -18,6 +18,6 @@ CATALOG = {
     "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
     "block-float": "graphq.passes.block_float:BlockFloat",
     "lower": "graphq.passes.lower:Lower",
-    "prune": "graphq.passes.prune:Prune",
+    "nm-prune": "graphq.passes.nm_prune:NmPrune",
     "cast-float": "graphq.passes.cast_float:CastFloat",
 }

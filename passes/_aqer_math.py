@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphq.passes import _masked
 from graphq.passes._sums import Sums
 
 ALPHAS = (0.001, 0.01, 0.1, 1.0)
@@ -30,8 +31,12 @@ class Refit:
     after: float
 
 
-def ridge(sums: Sums, alpha: float, *, with_bias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Δ for the weight, [G, O, D], and for the bias, [G, O] (zeros without)."""
+def ridge(sums: Sums, alpha: float, *, with_bias: bool, kept: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Δ for the weight, [G, O, D], and for the bias, [G, O] (zeros without).
+
+    Args:
+        kept: Bool [G, O, D], where the weight may change, all by default: zeros of a pruned weight stay.
+    """
     gram, cross = sums.gram, sums.cross
     if with_bias:
         count = np.full((len(gram), 1, 1), float(sums.count))
@@ -40,7 +45,12 @@ def ridge(sums: Sums, alpha: float, *, with_bias: bool) -> tuple[np.ndarray, np.
     damping = alpha * np.trace(gram, axis1=1, axis2=2).sum() / (gram.shape[0] * gram.shape[1])
     if not damping > 0:
         return np.zeros(sums.cross.shape), np.zeros(sums.lack.shape)
-    found = np.linalg.solve(gram + damping * np.eye(gram.shape[1]), cross.swapaxes(1, 2)).swapaxes(1, 2)
+    gram = gram + damping * np.eye(gram.shape[1])
+    if kept is None or kept.all():
+        found = np.linalg.solve(gram, cross.swapaxes(1, 2)).swapaxes(1, 2)
+    else:
+        kept = np.concatenate([kept, np.ones((*kept.shape[:2], 1), bool)], -1) if with_bias else kept
+        found = np.stack([_masked.fit(np.zeros(one.shape), *parts) for one, *parts in zip(cross, kept, gram, cross, strict=True)])
     return (found[..., :-1], found[..., -1]) if with_bias else (found, np.zeros(sums.lack.shape))
 
 
@@ -51,13 +61,14 @@ def refit(
     """The ridge with the alpha that serves the held-out rows best, fitted to all rows; None if it does not help there.
 
     Args:
-        weight: W, [G, O, D].
+        weight: W, [G, O, D]; its zeros stay.
         with_bias: Whether the bias is fitted too.
         takes_mean: Whether it also gets what the output lacks in the mean, once the weight is stored.
         store: What becomes of a weight [G, any number of outputs, D] that is stored. A refit makes weights larger, and with
             them the steps that they are rounded to.
     """
-    fits = [(np.zeros(weight.shape), np.zeros(train.lack.shape)), *(ridge(train, alpha, with_bias=with_bias) for alpha in alphas)]
+    kept = weight != 0
+    fits = [(np.zeros(weight.shape), np.zeros(train.lack.shape)), *(ridge(train, alpha, with_bias=with_bias, kept=kept) for alpha in alphas)]
     stored = np.split(store(np.concatenate([weight + delta for delta, _ in fits], axis=1)), len(fits), axis=1)
     errors = []
     for made, (_, shift) in zip(stored, fits, strict=True):
@@ -67,4 +78,4 @@ def refit(
     if not errors[best] < errors[0] - WORTHWHILE:
         return None
     alpha = alphas[best - 1]
-    return Refit(*ridge(train + held, alpha, with_bias=with_bias), alpha, errors[0], errors[best])
+    return Refit(*ridge(train + held, alpha, with_bias=with_bias, kept=kept), alpha, errors[0], errors[best])

@@ -30,29 +30,34 @@ _MARGIN = 1 + 1e-9  # A step has to gain more than float64 loses.
 
 @dataclass(frozen=True)
 class Grid:
-    """The values a weight may have: `(q - zero) * scale` with whole q from `low` to `high`; arrays broadcast to [G, O, D]."""
+    """The values a weight may have: `(q - zero) * scale` with whole q from `low` to `high`; arrays broadcast to [G, O, D].
+
+    Where `pinned` is true, there is but one, 0: weights that were pruned stay so.
+    """
 
     scale: np.ndarray
     zero: np.ndarray
     low: int
     high: int
+    pinned: np.ndarray
 
     @classmethod
-    def of(cls, qparams: QParams, spec: QuantSpec, shape: tuple[int, ...]) -> Grid:
-        """For a weight of `shape` [G, O, D] with the qparams of `fit`."""
+    def of(cls, qparams: QParams, spec: QuantSpec, weight: np.ndarray) -> Grid:
+        """For a `weight` [G, O, D], whose zeros are pinned, with the qparams of `fit`."""
+        shape = weight.shape
         size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else shape[2]
         scale, zero = (
             np.repeat(part.astype(np.float64).reshape(*shape[:2], -1), size, axis=2)[..., : shape[2]]
             for part in (qparams.scale, qparams.zero_point)
         )
-        return cls(scale, zero, spec.qmin, spec.qmax)
+        return cls(scale, zero, spec.qmin, spec.qmax, weight == 0)
 
     def __getitem__(self, index: Any) -> Grid:
-        return Grid(self.scale[index], self.zero[index], self.low, self.high)
+        return Grid(self.scale[index], self.zero[index], self.low, self.high, self.pinned[index])
 
     def nearest(self, weight: np.ndarray) -> np.ndarray:
         """Codes of round to nearest."""
-        return np.asarray(np.clip(np.rint(weight / self.scale) + self.zero, self.low, self.high))
+        return np.where(self.pinned, self.zero, np.clip(np.rint(weight / self.scale) + self.zero, self.low, self.high))
 
     def floats(self, codes: np.ndarray) -> np.ndarray:
         return np.asarray((codes - self.zero) * self.scale)
@@ -121,22 +126,21 @@ def greedy(weight: np.ndarray, gram: np.ndarray, grid: Grid, codes: np.ndarray) 
     rows = max(1, _TILE // inputs)
     found = codes.reshape(-1, inputs).copy()
     delta = (grid.floats(codes) - weight).reshape(-1, inputs)
-    scale = grid.scale.reshape(-1, inputs)
+    own = Grid(*(part.reshape(-1, inputs) for part in (grid.scale, grid.zero)), grid.low, grid.high, grid.pinned.reshape(-1, inputs))
     for start in range(0, len(found), rows):
         part = slice(start, start + rows)
         group = np.arange(start, min(start + rows, len(found))) // outputs
-        found[part] = _descend(found[part], delta[part], scale[part], gram, group, (grid.low, grid.high))
+        found[part] = _descend(found[part], delta[part], own[part], gram, group)
     return found.reshape(weight.shape)
 
 
-def _descend(
-    codes: np.ndarray, delta: np.ndarray, scale: np.ndarray, gram: np.ndarray, group: np.ndarray, ends: tuple[int, int]
-) -> np.ndarray:
+def _descend(codes: np.ndarray, delta: np.ndarray, grid: Grid, gram: np.ndarray, group: np.ndarray) -> np.ndarray:
     """`greedy` for rows [R, D], of which `group` [R] says the C."""
+    scale, ends = grid.scale, (grid.low, grid.high)
     slope = np.empty(delta.shape)
     for one in np.unique(group):
         slope[group == one] = delta[group == one] @ gram[one]
-    cost = _MARGIN * scale * np.einsum("gdd->gd", gram)[group]
+    cost = np.where(grid.pinned, np.inf, _MARGIN * scale * np.einsum("gdd->gd", gram)[group])
     up, down = (np.where(codes == end, np.inf, cost) for end in ends[::-1])
     alive = np.arange(len(codes))
     for _ in range(_STEPS * codes.shape[1]):
@@ -197,6 +201,6 @@ def rounded(weight: np.ndarray, gram: np.ndarray, spec: QuantSpec, algorithm: st
     `is_clipped` searches for scales that clip; otherwise they cover the whole range.
     """
     qparams = fit(weight, spec, np.einsum("gdd->gd", gram) if is_clipped else None)
-    grid = Grid.of(qparams, spec, weight.shape)
+    grid = Grid.of(qparams, spec, weight)
     codes = round_weight(algorithm, weight.astype(np.float32), gram, grid)
     return Rounded(codes, qparams, grid.floats(codes))

@@ -32,7 +32,7 @@ REFUSALS = {
     "dynamic-activations": "changed nothing",
     "ln-reparam": "No normalization",
     "mixed-precision": "changed nothing|no layer",
-    "prune": "changed nothing",
+    "nm-prune": "changed nothing",
     "round": "changed nothing",
     "sulq-softmax": "No softmax",
 }

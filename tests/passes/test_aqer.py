@@ -27,6 +27,9 @@ from graphq.targets import get_target
 from graphq.verify import verify_graph
 
 GOLDEN = Path(__file__).parent / "golden" / "aqer"
+TINY = 1e-30
+"""A weight that is next to nothing; zeros would stay as they are."""
+
 ALPHAS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 
 
@@ -146,7 +149,7 @@ def test_nothing_comes_of_nothing() -> None:
 def test_the_alpha_is_the_one_that_serves_the_held_out_rows_best() -> None:
     """With fewer rows than inputs, a weak ridge fits noise: strong ones win, and what is reported is their error."""
     few, (many, _, _) = sums(0, rows=20)[0], sums(0, rows=4000)
-    weight = np.zeros(many.cross.shape)
+    weight = np.full(many.cross.shape, TINY)
     for train, strong in ((few, True), (many, False)):
         found = math.refit(weight, train, many, ALPHAS[1:], with_bias=True)
         assert found is not None and (found.alpha >= 0.1) == strong
@@ -168,7 +171,7 @@ def test_a_refit_is_judged_by_what_is_stored() -> None:
 def test_the_mean_goes_into_the_bias_before_refits_are_compared() -> None:
     """Then the error without one is that around the mean."""
     train, (held, _, r) = sums(0)[0], sums(0, rows=4000)
-    found = math.refit(np.zeros(train.cross.shape), train, held, math.ALPHAS, with_bias=True, takes_mean=True)
+    found = math.refit(np.full(train.cross.shape, TINY), train, held, math.ALPHAS, with_bias=True, takes_mean=True)
     assert found is not None and found.before == pytest.approx(np.sum((r - train.mean_lack[:, None]) ** 2) / held.power, rel=1e-3)
 
 

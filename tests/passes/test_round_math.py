@@ -32,7 +32,7 @@ def problem(seed: int, groups: int = 1, outputs: int = 20, inputs: int = 40, cou
 
 def grid_of(weight: np.ndarray, bits: int = 4, symmetric: bool = False, size: int | None = None) -> Grid:
     spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, granularity=PerGroup(1, size) if size else PerAxis(0))
-    return Grid.of(math.fit(weight, spec), spec, weight.shape)
+    return Grid.of(math.fit(weight, spec), spec, weight)
 
 
 def proxy(codes: np.ndarray, weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_the_nearest_codes_are_those_of_the_quantizer(bits: int, symmetric: bool
     spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, granularity=PerGroup(1, size) if size else PerAxis(0))
     flat, quantizer = weight.reshape(40, 40), Uniform(spec)
     qparams = math.fit(weight, spec)
-    grid = Grid.of(qparams, spec, weight.shape)
+    grid = Grid.of(qparams, spec, weight)
     np.testing.assert_array_equal(qparams.scale, quantizer.fit_weight(flat).scale)
     np.testing.assert_array_equal(grid.nearest(weight).reshape(40, 40), quantizer.quantize(flat, qparams))
     made = grid.floats(grid.nearest(weight)).reshape(40, 40)
@@ -69,7 +69,7 @@ def test_the_search_for_scales_lowers_the_weighted_error(bits: int, size: int | 
     for importance in (np.ones((1, 40)), np.exp(np.random.default_rng(0).standard_normal((1, 40)))):
         errors = []
         for chosen in (None, importance):
-            grid = Grid.of(math.fit(weight, spec, chosen), spec, weight.shape)
+            grid = Grid.of(math.fit(weight, spec, chosen), spec, weight)
             lost = importance[:, None] * (grid.floats(grid.nearest(weight)) - weight) ** 2
             errors.append(np.add.reduceat(lost, np.arange(0, 40, size or 40), axis=2))
         assert (errors[1] <= errors[0] * (1 + 1e-6)).all() and errors[1].sum() < 0.99 * errors[0].sum()

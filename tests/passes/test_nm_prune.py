@@ -1,4 +1,4 @@
-"""prune: N of M weights stay, along the input channels; what is left makes up for what went; and who stays dense."""
+"""nm-prune: N of M weights stay, along the input channels; what is left makes up for what went; and who stays dense."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from graphq import ir, linear
 from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError
 from graphq.executor import Executor
-from graphq.passes import _prune_math as math
+from graphq.passes import _channels, _masked
+from graphq.passes import _nm_math as math
+from graphq.passes._nm_math import Pattern
 from graphq.passes._round_math import damped
 from graphq.passes.normalize import Normalize
-from graphq.passes.prune import Prune
+from graphq.passes.nm_prune import NmPrune
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.pipeline import Pass, PassContext, PassRecord, run_passes
 from graphq.targets import get_target, require_legal
 from graphq.verify import verify_graph
 
-GOLDEN = Path(__file__).parent / "golden" / "prune"
-ALGORITHMS: tuple[math.Algorithm, ...] = ("magnitude", "wanda", "sparsegpt")
+GOLDEN = Path(__file__).parent / "golden" / "nm_prune"
+SCORES: tuple[math.Score, ...] = ("magnitude", "wanda", "sparsegpt", "alps")
 PATTERNS = [(2, 4), (1, 4), (4, 8), (1, 2)]
 
 
@@ -45,7 +47,7 @@ def prune(proto: onnx.ModelProto, x: np.ndarray, *others: Pass, **options: Any) 
     model = onnx_ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
     data = open_calibration({"x": x}, ir.inputs(model))
     ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("onnxruntime"))
-    record = run_passes([Normalize(), *others, Prune(**options)], ctx, verify_graph)[-1]
+    record = run_passes([Normalize(), *others, NmPrune(**options)], ctx, verify_graph)[-1]
     require_legal(model, ctx.target)
     return model, record
 
@@ -80,7 +82,7 @@ def test_golden(case: str) -> None:
     """`GRAPHQ_GOLDEN=write` writes the second half of each file anew."""
     path = GOLDEN / f"{case}.txt"
     before, _, expected = path.read_text(encoding="utf-8").partition("----\n")
-    model, _ = prune(parser.parse_model(before), floats(64, 4), algorithm="wanda", refit=False)
+    model, _ = prune(parser.parse_model(before), floats(64, 4), score="wanda", refit=False)
     if os.environ.get("GRAPHQ_GOLDEN") == "write":
         path.write_text(f"{before}----\n{dump(model)}", encoding="utf-8")
     else:
@@ -107,21 +109,21 @@ def test_t4_each_method_beats_the_one_before_it(seed: int) -> None:
     def lost(found: np.ndarray) -> float:
         return float(np.sum((x @ (found - weight).T) ** 2) / np.sum((x @ weight.T) ** 2))
 
-    magnitude, wanda, sparsegpt = (math.prune(weight, gram, 2, 4, algorithm) for algorithm in ALGORITHMS)
-    refits = [math.refit(*pruned, gram, weight) for pruned in (magnitude, wanda, sparsegpt)]
-    assert lost(magnitude[0]) > lost(wanda[0]) > lost(sparsegpt[0]) >= lost(refits[2])
+    magnitude, wanda, sparsegpt, alps = (math.prune(weight, gram, Pattern(2, 4, weight.shape[1]), score) for score in SCORES)
+    refits = [_masked.fit(*pruned, gram, weight @ gram) for pruned in (magnitude, wanda, sparsegpt, alps)]
+    assert lost(magnitude[0]) > lost(wanda[0]) > lost(sparsegpt[0]) >= lost(refits[2]) > lost(refits[3])
     assert lost(refits[1]) < lost(wanda[0]) / 2 and lost(refits[0]) < lost(magnitude[0]) / 2
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_exactly_n_of_m_stay(algorithm: math.Algorithm, n: int, m: int, seed: int) -> None:
+@pytest.mark.parametrize("score", SCORES)
+def test_exactly_n_of_m_stay(score: math.Score, n: int, m: int, seed: int) -> None:
     weight, gram, _ = layer(seed)
-    found, mask = math.prune(weight, gram, n, m, algorithm)
+    found, mask = math.prune(weight, gram, Pattern(n, m, 96), score)
     assert (mask.reshape(len(weight), -1, m).sum(-1) == n).all()
-    assert not found[~mask].any() and not math.refit(found, mask, gram, weight)[~mask].any()
-    if algorithm != "sparsegpt":
+    assert not found[~mask].any() and not _masked.fit(found, mask, gram, weight @ gram)[~mask].any()
+    if score in ("magnitude", "wanda"):
         np.testing.assert_array_equal(found[mask], weight[mask])
 
 
@@ -129,11 +131,11 @@ def test_of_equal_scores_the_first_stay() -> None:
     np.testing.assert_array_equal(math.largest(np.ones((1, 8)), 2, 4), [[True, True, False, False] * 2])
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_refit_is_the_least_squares_solution_of_each_output(algorithm: math.Algorithm) -> None:
+@pytest.mark.parametrize("score", SCORES)
+def test_refit_is_the_least_squares_solution_of_each_output(score: math.Score) -> None:
     weight, gram, _ = layer(0)
-    start, mask = math.prune(weight, gram, 2, 4, algorithm)
-    found = math.refit(start, mask, gram, weight)
+    start, mask = math.prune(weight, gram, Pattern(2, 4, weight.shape[1]), score)
+    found = _masked.fit(start, mask, gram, weight @ gram)
     for row, kept, one in zip(found, mask, weight, strict=True):
         exact = np.linalg.solve(gram[np.ix_(kept, kept)], gram[kept] @ one)
         np.testing.assert_allclose(row[kept], exact, atol=2e-2 * np.abs(exact).max())
@@ -149,16 +151,16 @@ def power(delta: np.ndarray, gram: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_refit_never_loses_to_its_start(seed: int) -> None:
     weight, gram, _ = layer(seed)
-    for algorithm in ALGORITHMS:
-        start, mask = math.prune(weight, gram, 2, 4, algorithm)
-        found = math.refit(start, mask, gram, weight)
+    for score in SCORES:
+        start, mask = math.prune(weight, gram, Pattern(2, 4, weight.shape[1]), score)
+        found = _masked.fit(start, mask, gram, weight @ gram)
         assert all(power(a - one, gram) <= power(b - one, gram) * (1 + 1e-9) for a, b, one in zip(found, start, weight, strict=True))
 
 
 def test_weights_that_fit_already_are_left_alone() -> None:
     weight, gram, _ = layer(0)
-    pruned, mask = math.prune(weight, gram, 2, 4, "magnitude")
-    np.testing.assert_array_equal(math.refit(pruned, mask, gram, pruned), pruned)
+    pruned, mask = math.prune(weight, gram, Pattern(2, 4, 96), "magnitude")
+    np.testing.assert_array_equal(_masked.fit(pruned, mask, gram, pruned @ gram), pruned)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -166,7 +168,7 @@ def test_weights_that_fit_already_are_left_alone() -> None:
 def test_sparsegpt_is_the_textbooks(inputs: int, seed: int) -> None:
     """The same without blocks: each column that goes is made up for through the inverse of what is left (OBS)."""
     weight, gram, _ = layer(seed, inputs, 8)
-    found, mask = math.prune(weight, gram, 2, 4, "sparsegpt")
+    found, mask = math.prune(weight, gram, Pattern(2, 4, inputs), "sparsegpt")
     left, expected = weight.copy(), np.empty(weight.shape, bool)
     first = [np.linalg.inv(gram[k:, k:])[0] for k in range(inputs)]
     for k in range(inputs):
@@ -197,14 +199,14 @@ def model_of(case: str) -> tuple[onnx.ModelProto, np.ndarray]:
     return build(f"(float[N, {dims}] x) => (float[] y) {{ {body} }}", w=floats(*shape), b=floats(24, seed=2)), mixed
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("case", LAYERS)
-def test_table(case: str, n: int, m: int, algorithm: math.Algorithm) -> None:
+def test_table(case: str, n: int, m: int, score: math.Score) -> None:
     """Groups lie along the input channels, for each kernel position; refitted, the layer loses less."""
     proto, x = model_of(case)
-    plain, plain_record = prune(proto, x, n=n, m=m, algorithm=algorithm, refit=False)
-    refitted, record = prune(proto, x, n=n, m=m, algorithm=algorithm)
+    plain, plain_record = prune(proto, x, n=n, m=m, score=score, refit=False)
+    refitted, record = prune(proto, x, n=n, m=m, score=score)
     axis = 0 if case in ("MatMul", "Gemm") else 1
     for model in (plain, refitted):
         groups = np.moveaxis(weight_of(model, "it"), axis, -1)
@@ -218,7 +220,7 @@ def test_table(case: str, n: int, m: int, algorithm: math.Algorithm) -> None:
 
 def test_without_refit_magnitude_keeps_what_is_left_and_the_bias() -> None:
     proto, x = model_of("Gemm")
-    model, record = prune(proto, x, algorithm="magnitude", refit=False)
+    model, record = prune(proto, x, score="magnitude", refit=False)
     weight, before = weight_of(model, "it"), floats(32, 24)
     np.testing.assert_array_equal(weight, np.where(weight != 0, before, 0))
     assert record.edits == {"weight": 1}
@@ -246,8 +248,8 @@ def test_order_of_algorithms_holds_through_a_network(seed: int) -> None:
     """On samples that the pass has not seen."""
     proto = build(DEEP, b=floats(32, seed=seed), **{f"w{k}": floats(32, 32, seed=seed + k) / 4 for k in (1, 2, 3)})
     x = floats(1200, 32, seed=seed) @ floats(32, 32, seed=seed + 9)
-    errors = [error(prune(proto, x[:600], algorithm=algorithm, refit=refit)[0], proto, x[600:])
-              for algorithm, refit in (("magnitude", False), ("sparsegpt", False), ("sparsegpt", True))]  # fmt: skip
+    errors = [error(prune(proto, x[:600], score=score, refit=refit)[0], proto, x[600:])
+              for score, refit in (("magnitude", False), ("sparsegpt", False), ("sparsegpt", True))]  # fmt: skip
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -307,10 +309,10 @@ def test_excluded_layers_stay_dense() -> None:
         prune(proto, floats(64, 32), exclude=("nobody",))
 
 
-@pytest.mark.parametrize("options", [{"n": 4}, {"n": 5}, {"n": 0}, {"m": 33}, {"m": 1}, {"algorithm": "random"}, {"samples": -1}])
+@pytest.mark.parametrize("options", [{"n": 4}, {"n": 5}, {"n": 0}, {"m": 33}, {"m": 1}, {"score": "random"}, {"samples": -1}])
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Prune(**options)
+        NmPrune(**options)
 
 
 def test_two_runs_give_the_same_bytes() -> None:

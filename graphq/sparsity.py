@@ -1,0 +1,43 @@
+"""2:4 sparse weights: which linear layers TensorRT's flag `SPARSE_WEIGHTS` is for. Facts from NVIDIA's documents and logs; nothing was run.
+
+- The pattern: for each output channel and each kernel position, two of every four input channels are zero (TensorRT Developer Guide,
+  "Sparsity"), on GPUs of compute capability 8.0 and later, for products of half-precision or 8-bit operands.
+- The operators: convolutions and fully connected layers. A MatMul or Gemm with a constant weight is one: the builder's own log lists
+  both under "Layers eligible for sparse math" (NVIDIA/TensorRT issues 2169 and 4054). A MatMul therefore is not rewritten to a Gemm
+  or a Conv; where others measured that (onnxsim pull request 1764, TensorRT 10.3 on an Orin), it made nothing faster.
+- The sizes: NVIDIA's own pruning tool (apex, `contrib/sparsity/asp.py`) leaves weights dense unless their outputs are a multiple of 8
+  and their inputs of 16, the alignment of tensor cores.
+- What is picked: the builder times dense and sparse kernels and takes the faster one; layers of more than 256 input and output
+  channels gain (NVIDIA/TensorRT issue 3849). With explicit Q/DQ, users of TensorRT 8.6 saw no sparse kernel (issue 4694, open).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphq import ir, linear
+
+OUTPUTS, INPUTS = 8, 16
+"""Multiples that the output and input channels of a weight have to be."""
+
+
+def in_channels(node: ir.Node) -> int:
+    """Channels that a linear `node` sums over, of one group."""
+    return ir.constant_shape(linear.weight_of(node))[linear.in_axis(node)]
+
+
+def obstacle(node: ir.Node) -> str | None:
+    """Why a linear `node` is not for kernels of 2:4 sparse weights, as it stands; None if it is eligible.
+
+    Kernels are picked by what is fastest where the engine is built, so an eligible layer may still run on a dense one.
+    """
+    if ir.attribute(node, "group", 1) != 1:
+        return "no document says that they take grouped convolutions"
+    weight = ir.constant(linear.weight_of(node))
+    if weight is None:
+        return "its weight is not a constant"
+    outputs, inputs = weight.shape[linear.out_axis(node)], weight.shape[linear.in_axis(node)]
+    if outputs % OUTPUTS or inputs % INPUTS:
+        return f"its {outputs} outputs and {inputs} inputs are not multiples of {OUTPUTS} and {INPUTS}"
+    groups = np.moveaxis(weight, linear.in_axis(node), -1).reshape(-1, 4)
+    return None if np.count_nonzero(groups, axis=1).max(initial=0) <= 2 else "more than two of four weights are not zero"
