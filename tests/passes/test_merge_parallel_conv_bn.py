@@ -284,7 +284,6 @@ KEPT = {
     "a layer and its bias": ("p = Conv(x, w) y = Add(p, k)", {"w": (8, 8, 1, 1), "k": (8, 1, 1)}),
     "no layer": ("p = Mul(x, k) q = Mul(x, c) y = Add(p, q)", {"k": (8, 1, 1), "c": (8, 1, 1)}),
     "other channels": ("p = Conv(x, w) y = Add(p, x)", {"w": (1, 8, 1, 1)}),
-    "a stride behind": ("p = Conv(x, w) q = MaxPool<kernel_shape = [1, 1]>(x) y = Add(p, q)", PLAIN | {"v": (8,)}),
 }
 
 
