@@ -122,6 +122,7 @@ def inspect(
     model: Model,
     kernels: Annotated[bool, typer.Option("--kernels", help="Ask ONNX Runtime which nodes it computes on integers.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="List the operators with weights by name.")] = False,
+    sparsity: Annotated[bool, typer.Option("--sparsity", help="Show the zeros of the weights: how many, in which pattern, where.")] = False,
     target: TargetName = "onnxruntime",
     as_json: Json = False,
     debug: Debug = False,
@@ -129,15 +130,23 @@ def inspect(
     """Show what is in MODEL and what fits it."""
     from graphq.inspect import inspect as look
 
-    found, used = look(model, target), None
+    found, more = look(model, target), dict[str, Any]()
     if kernels:
         from graphq.kernels_used import kernels as kernels_of
 
-        used = kernels_of(model)
+        more["kernels"] = kernels_of(model)
+    if sparsity:
+        from graphq.zeros import find_zeros
+
+        more["sparsity"] = find_zeros(model)
     if as_json:
-        _print_json({"model": found, "kernels": used} if kernels else {"model": found})
-    else:
-        console.inspection(found, used, layers=layers)
+        _print_json({"model": found, **more})
+        return
+    console.inspection(found, more.get("kernels"), layers=layers)
+    if sparsity:
+        from graphq.console_zeros import show
+
+        show(more["sparsity"])
 
 
 @app.command()

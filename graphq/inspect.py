@@ -93,7 +93,7 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
     chosen = get_target(target)
     model = ir.load(path)
     ops = dict(Counter(_op_name(node) for node in ir.all_nodes(model)).most_common())
-    normal = _normalized(model, chosen)
+    normal = normalized(model, chosen)
     nodes = tuple(_linear_nodes(normal))
     quantized = any(op in _QUANTIZING or op.endswith("Integer") or ".Q" in op or op.startswith("QLinear") for op in ops)
     return Inspection(
@@ -113,7 +113,7 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
     )
 
 
-def _normalized(model: ir.Model, target: Target) -> ir.Model:
+def normalized(model: ir.Model, target: Target) -> ir.Model:
     """A clone as the passes after `normalize` see it; the model itself if it cannot be normalized for `target`."""
     from graphq.recipe import pass_class
 

@@ -3,6 +3,7 @@
 CATALOG = {
     "normalize": "graphq.passes.normalize:Normalize",
     "tune": "graphq.passes.tune:Tune",
+    "merge-parallel-conv-bn": "graphq.passes.merge_parallel_conv_bn:MergeParallelConvBn",
     "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
     "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
     "equalize": "graphq.passes.equalize:Equalize",
