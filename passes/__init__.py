@@ -6,6 +6,7 @@ CATALOG = {
     "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
     "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
     "equalize": "graphq.passes.equalize:Equalize",
+    "awq": "graphq.passes.awq:Awq",
     "migrate": "graphq.passes.migrate:Migrate",
     "mixed-precision": "graphq.passes.mixed_precision:MixedPrecision",
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
