@@ -5,6 +5,7 @@ CATALOG = {
     "tune": "graphq.passes.tune:Tune",
     "insert-qdq": "graphq.passes.insert_qdq:InsertQdq",
     "quantize-weights": "graphq.passes.quantize_weights:QuantizeWeights",
+    "outliers": "graphq.passes.outliers:Outliers",
     "equalize": "graphq.passes.equalize:Equalize",
     "awq": "graphq.passes.awq:Awq",
     "migrate": "graphq.passes.migrate:Migrate",
