@@ -147,6 +147,13 @@ def pick(count: int, limit: int, seed: int) -> np.ndarray:
     return np.minimum((places * (count / limit)).astype(np.int64), count - 1)
 
 
+def some(step: SweepStep, limit: int, seed: int) -> np.ndarray:
+    """At most `limit` rows of X at a stop of the sweep, [G, N, D]."""
+    layer = Layer(step.node)
+    ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
+    return _gather(pick(int(ends[-1]), limit, seed), ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
+
+
 def collect(step: SweepStep, seed: int) -> tuple[Sums, Sums]:
     """Sums over four fifths of the rows that are picked at a stop of the sweep, and over the rest.
 

@@ -63,10 +63,10 @@ class Grid:
         return np.asarray((codes - self.zero) * self.scale)
 
 
-def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = None) -> QParams:
+def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = None, clips: np.ndarray = CLIPS) -> QParams:
     """Qparams of `weight` [G, O, D], flattened to rows [G * O, D], which is what the granularity of `spec` speaks of.
 
-    Min-max, or with the `importance` [G, D] of each input the share of that range with the least `Σ importance (ŵ - w)²`.
+    Min-max, or with the `importance` [G, D] of each input the share of that range, among `clips`, with the least `Σ importance (ŵ - w)²`.
     """
     rows, quantizer = weight.reshape(-1, weight.shape[2]).astype(np.float32), Uniform(spec)
     if importance is None:
@@ -77,7 +77,7 @@ def fit(weight: np.ndarray, spec: QuantSpec, importance: np.ndarray | None = Non
     ends = [np.minimum(ends[0], 0.0), np.maximum(ends[1], 0.0)]
     weights = np.repeat(importance, weight.shape[1], axis=0)
     least, share = np.full(shape, np.inf), np.ones(shape)
-    for clip in CLIPS:
+    for clip in clips:
         lost = quantizer.fake_quantize(rows, quantizer.fit(*(end * clip for end in ends))) - rows
         error = np.add.reduceat(weights * lost**2, starts, axis=1).reshape(shape)
         share, least = np.where(error < least, clip, share), np.minimum(error, least)

@@ -11,7 +11,7 @@ from graphq import ir, linear, qdq
 from graphq.errors import TargetError
 from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
-from graphq.passes import _tables
+from graphq.passes import _tables, _weight_formats
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, QuantSpec
@@ -85,20 +85,10 @@ class QuantizeWeights(Pass):
             return "excluded by the recipe"
         if reason := linear.linear_refusal(node):
             return reason
-        obstacle = self._not_grouped(node)
+        obstacle = _weight_formats.not_grouped(node, self.group_size)
         if obstacle is None:
             return qdq.spec_for_weight(node, _spec(self.bits), self.group_size or None)
         return qdq.spec_for_weight(node, _spec(self.fallback_bits)) if self.fallback_bits else obstacle
-
-    def _not_grouped(self, node: ir.Node) -> str | None:
-        weight = linear.weight_of(node)
-        shape = ir.constant_shape(weight)
-        if not self.group_size:
-            return None
-        if len(shape) != 2:
-            return "groups along the reduction axis need a matrix, this weight has kernel positions"
-        size = shape[linear.in_axis(node)]
-        return f"its {size} inputs are not a multiple of the group size {self.group_size}" if size % self.group_size else None
 
 
 def _spec(bits: int) -> QuantSpec:

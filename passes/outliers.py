@@ -1,0 +1,112 @@
+"""outliers: weights with few bits but for the few that lie far out, which are kept and no longer decide the scale. No data needed.
+
+What is kept is stored with 3 bytes a weight (a step from the one before, and a float16 of what the code lacks there), and put in by a
+function of standard operators that ONNX Runtime evaluates once, at load. It multiplies floats then: the file is small, memory and
+time are those of the float model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from graphq import functions, ir, linear, precision, qdq
+from graphq.errors import TargetError
+from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
+from graphq.noise import decibel
+from graphq.passes import _layer_rows, _weight_formats
+from graphq.passes import _outliers_math as math
+from graphq.passes._layer_rows import Layer
+from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.precision import Bits
+from graphq.quantizers import QParams
+from graphq.spec import PerAxis, PerGroup, QuantSpec
+from graphq.targets import Target
+
+PATCH = """PatchedWeight (weight, steps, missing) => (patched) {
+  flat_shape = Constant<value = int64[1] {-1}> ()
+  flat = Reshape (weight, flat_shape)
+  axis = Constant<value = int64 {0}> ()
+  wide = Cast<to = 7> (steps)
+  places = CumSum (wide, axis)
+  values = Cast<to = 1> (missing)
+  sum = ScatterElements<axis = 0, reduction = "add"> (flat, places, values)
+  shape = Shape (weight)
+  patched = Reshape (sum, shape)
+}"""
+"""weight: any shape; steps: uint8 [n], whose running sum are places in the flattened weight; missing: float16 [n], added there."""
+
+
+@pass_options
+class Outliers(Pass):
+    """Stores weights as integers of least squared error, and those far out nearly exactly (EasyQuant, arXiv 2403.02775).
+
+    Attributes:
+        bits: Width of a weight, unless its layer asks for another.
+        group_size: One scale for so many consecutive weights along the reduction axis; 0, and for convolutions, one an output channel.
+        sigmas: Weights farther from 0 than so many deviations of their output channel are kept.
+        most: Share of a layer's weights that may be kept; each costs 24 bits.
+        exclude: Patterns of node names (or operator types) that stay float.
+    """
+
+    name: ClassVar[str] = "outliers"
+
+    bits: Literal[2, 3, 4] = 4
+    group_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    sigmas: Annotated[float, Field(gt=0)] = 3.0
+    most: Annotated[float, Field(ge=0, le=0.1)] = 0.01
+    exclude: tuple[str, ...] = ()
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        require_matches(model, self.exclude)
+        if QuantSpec(self.bits).storage not in target.storage:
+            raise TargetError(f"{target.name} does not take {QuantSpec(self.bits).storage} weights.", where=f"pass {self.name}",
+                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
+        reasons = [self._format(model, node) for node in _layer_rows.candidates(model)]
+        if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
+            raise nothing_to_quantize(map(str, reasons), "at least one layer with a constant float32 weight")
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        found = [self._format(model, node) for node in _layer_rows.candidates(model)]
+        ctx.edit.raise_opset(max((spec.opset for spec in found if isinstance(spec, QuantSpec)), default=0))  # may replace nodes
+        for node in _layer_rows.candidates(model):
+            spec = self._format(model, node)
+            if isinstance(spec, str):
+                ctx.skip(node, spec)
+            else:
+                self._store(ctx, node, spec)
+        ctx.edit.prune()
+
+    def _format(self, model: ir.Model, node: ir.Node) -> QuantSpec | str:
+        """What the weight of `node` becomes, or why it stays float."""
+        if reason := _layer_rows.refusal(model, node, self.exclude):
+            return reason
+        bits = precision.asked(node, Bits(self.bits, None)).weight
+        if bits is None:
+            return "a float weight was asked for it"
+        is_grouped = self.group_size and _weight_formats.not_grouped(node, self.group_size) is None
+        return qdq.spec_for_weight(node, QuantSpec(bits, granularity=PerAxis(0)), self.group_size if is_grouped else None)
+
+    def _store(self, ctx: PassContext, node: ir.Node, spec: QuantSpec) -> None:
+        layer, index = Layer(node), linear.LINEAR_OPS[node.op_type].weight
+        weight = layer.weight()
+        is_grouped = isinstance(spec.granularity, PerGroup)
+        how = replace(spec, granularity=PerGroup(1, self.group_size) if is_grouped else PerAxis(0))
+        found = math.split(weight.reshape(-1, weight.shape[2]), how, self.sigmas, self.most)
+        qparams = found.qparams
+        if is_grouped:
+            qparams = QParams(layer.stored(qparams.scale[None]), layer.stored(qparams.zero_point[None]))
+        codes, missing = (layer.stored(part.reshape(weight.shape)) for part in (found.codes, found.missing))
+        qdq.insert_weight(ctx.edit, node, spec, qparams, codes, narrow=node.op_type in ctx.target.narrow_weights)
+        steps, values = math.steps(missing)
+        if len(steps):
+            coarse = node.inputs[index]
+            assert coarse is not None
+            operands = [coarse, ctx.edit.initializer(f"{coarse.name}_steps", steps), ctx.edit.initializer(f"{coarse.name}_missing", values)]
+            patched = functions.call(ctx.edit, PATCH, node, operands, output=f"{coarse.name}_patched", like=coarse, after=False)
+            ctx.edit.rewire(node, index, patched)
+        kept = np.count_nonzero(found.missing)
+        ctx.measure(node.name or "", weight_sqnr_db=decibel(found.power, found.noise), bits=spec.bits, kept=kept / weight.size)
