@@ -11,6 +11,7 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
+    "rotate": "graphq.passes.rotate:Rotate",
     "ln-reparam": "graphq.passes.ln_reparam:LnReparam",
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",

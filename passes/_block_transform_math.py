@@ -1,0 +1,102 @@
+"""Invertible linear maps of what a layer reads, `x -> x T` with `W -> T⁻¹ W`, that cost less than a matrix of all inputs.
+
+Letters: D inputs of a layer as A blocks of B. T is block diagonal, or a Kronecker product `L ⊗ R` of two small matrices, which mixes
+all inputs. Rows x: [..., D]; weights W: [D, O].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphq.passes import _hadamard_math as hadamard
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """T, float64.
+
+    Attributes:
+        count: A.
+        right: Matrices of the blocks, [A, B, B], or one for all of them, [1, B, B].
+        left: L, [A, A], which then mixes the blocks; only with one `right`.
+    """
+
+    count: int
+    right: np.ndarray
+    left: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.left is not None and len(self.right) != 1:
+            raise ValueError("blocks that are mixed have one matrix")
+
+    @property
+    def block(self) -> int:
+        """B."""
+        return int(self.right.shape[-1])
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.count * self.block
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """`x T`, float64 [..., D]."""
+        parts = np.einsum("...ij,ijk->...ik", x.reshape(*x.shape[:-1], self.count, self.block), self._all())
+        if self.left is not None:
+            parts = self.left.T @ parts
+        return np.asarray(parts.reshape(x.shape))
+
+    def undo(self, weight: np.ndarray) -> np.ndarray:
+        """`T⁻¹ W`, float64 [D, O]: what a layer that reads `x T` has to multiply it by."""
+        parts = np.linalg.inv(self._all()) @ weight.reshape(self.count, self.block, -1)
+        if self.left is not None:
+            parts = np.einsum("il,ljo->ijo", np.linalg.inv(self.left), parts)
+        return np.asarray(parts.reshape(weight.shape))
+
+    def gram(self, gram: np.ndarray) -> np.ndarray:
+        """`Tᵀ C T` of a Gram matrix C [D, D]: that of `x T`."""
+        return self.rows(self.rows(gram).T)
+
+    def _all(self) -> np.ndarray:
+        return np.broadcast_to(self.right, (self.count, self.block, self.block))
+
+
+def block_hadamard(size: int, block: int, seed: int) -> Transform:
+    """A Hadamard matrix with random signs for each block (QuaRot, arXiv 2404.00456). `block` divides `size`."""
+    return Transform(size // block, hadamard.rotation(block, seed)[None])
+
+
+def full_hadamard(size: int, seed: int) -> Transform:
+    """A Hadamard matrix with random signs for all inputs, as a Kronecker product; where there is none, it is an orthogonal matrix."""
+    block, count = hadamard.factors(size)
+    return Transform(count, hadamard.rotation(block, seed)[None], hadamard.rotation(count, seed + 1))
+
+
+def wush(gram: np.ndarray, weight: np.ndarray, block: int, *, floor: float, damping: float) -> Transform:
+    """The block diagonal T after which round to nearest costs the least, of both x and W (WUSH, arXiv 2512.00956).
+
+    For each block, with `AAᵀ = E[xᵀx]` and `AᵀW = V S Uᵀ`, `T = A⁻ᵀ V S^½ Hᵀ`: then `x T` and `T⁻¹ W` have the same second moments,
+    spread evenly over the block by H. Blocks get one mean square, for quantizers that share a scale between them.
+
+    Args:
+        gram: E[xᵀx] [D, D].
+        weight: The weights of all that read x, side by side [D, O].
+        floor: Added to S, in units of its mean: what is (almost) not read shall not be scaled without limit.
+        damping: Added to the diagonal of the Gram matrix, in units of its mean.
+    """
+    size, count = len(gram), len(gram) // block
+    basis = hadamard.orthogonal(block, 0)
+    whole = float(np.trace(gram)) / size or 1.0
+    found = np.empty((count, block, block))
+    for index in range(count):
+        own = slice(index * block, (index + 1) * block)
+        moment = gram[own, own] + damping * whole * np.eye(block)
+        root = np.linalg.cholesky(moment)
+        left, strength, _ = np.linalg.svd(root.T @ weight[own], full_matrices=True)
+        strength = np.concatenate([strength, np.zeros(block - len(strength))])
+        strength += floor * strength.mean() if strength.any() else 1.0
+        one = np.linalg.solve(root.T, left) * np.sqrt(strength) @ basis.T
+        found[index] = one * np.sqrt(whole * block / np.trace(one.T @ moment @ one))
+    return Transform(count, found)
