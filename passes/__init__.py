@@ -12,6 +12,7 @@ CATALOG = {
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
     "rotate": "graphq.passes.rotate:Rotate",
+    "wush": "graphq.passes.wush:Wush",
     "ln-reparam": "graphq.passes.ln_reparam:LnReparam",
     "sulq-softmax": "graphq.passes.sulq_softmax:SulqSoftmax",
     "dynamic-activations": "graphq.passes.dynamic_activations:DynamicActivations",

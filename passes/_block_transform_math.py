@@ -74,29 +74,32 @@ def full_hadamard(size: int, seed: int) -> Transform:
     return Transform(count, hadamard.rotation(block, seed)[None], hadamard.rotation(count, seed + 1))
 
 
-def wush(gram: np.ndarray, weight: np.ndarray, block: int, *, floor: float, damping: float) -> Transform:
+def wush(grams: np.ndarray, weight: np.ndarray, *, floor: float, damping: float) -> Transform:
     """The block diagonal T after which round to nearest costs the least, of both x and W (WUSH, arXiv 2512.00956).
 
-    For each block, with `AAᵀ = E[xᵀx]` and `AᵀW = V S Uᵀ`, `T = A⁻ᵀ V S^½ Hᵀ`: then `x T` and `T⁻¹ W` have the same second moments,
-    spread evenly over the block by H. Blocks get one mean square, for quantizers that share a scale between them.
+    For each block, with `AAᵀ = E[xᵀx]` and `AᵀW = V S Uᵀ`, `T = A⁻ᵀ V S^½ Hᵀ`: then `x T` and `T⁻¹ W` have the same second moments up to
+    a factor, spread evenly over the block by H. All blocks of `x T` have one mean square, that of x, for quantizers that share a scale.
 
     Args:
-        gram: E[xᵀx] [D, D].
+        grams: E[xᵀx] of each block [A, B, B].
         weight: The weights of all that read x, side by side [D, O].
-        floor: Added to S, in units of its mean: what is (almost) not read shall not be scaled without limit.
-        damping: Added to the diagonal of the Gram matrix, in units of its mean.
+        floor: Added to S, in units of its mean: what is (almost) not read shall not be made arbitrarily small.
+        damping: Added to the diagonals of the Gram matrices, in units of their mean.
     """
-    size, count = len(gram), len(gram) // block
-    basis = hadamard.orthogonal(block, 0)
-    whole = float(np.trace(gram)) / size or 1.0
-    found = np.empty((count, block, block))
-    for index in range(count):
-        own = slice(index * block, (index + 1) * block)
-        moment = gram[own, own] + damping * whole * np.eye(block)
+    count, block = grams.shape[:2]
+    whole = float(np.einsum("aii->", grams)) / (count * block) or 1.0
+    basis, found = hadamard.orthogonal(block, 0), np.empty(grams.shape)
+    for index, gram in enumerate(grams):
+        moment = gram + damping * whole * np.eye(block)
         root = np.linalg.cholesky(moment)
-        left, strength, _ = np.linalg.svd(root.T @ weight[own], full_matrices=True)
+        left, strength, _ = np.linalg.svd(root.T @ weight[index * block : (index + 1) * block])
         strength = np.concatenate([strength, np.zeros(block - len(strength))])
         strength += floor * strength.mean() if strength.any() else 1.0
         one = np.linalg.solve(root.T, left) * np.sqrt(strength) @ basis.T
         found[index] = one * np.sqrt(whole * block / np.trace(one.T @ moment @ one))
     return Transform(count, found)
+
+
+def best_block(size: int, block: int) -> int:
+    """The largest order of a Hadamard matrix that divides `size` and is no larger than `block`."""
+    return next(order for order in range(min(size, block), 0, -1) if size % order == 0 and hadamard.hadamard(order) is not None)
