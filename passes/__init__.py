@@ -11,6 +11,7 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
+    "higgs": "graphq.passes.higgs:Higgs",
     "rotate": "graphq.passes.rotate:Rotate",
     "wush": "graphq.passes.wush:Wush",
     "ln-reparam": "graphq.passes.ln_reparam:LnReparam",

@@ -55,6 +55,10 @@ class Transform:
             parts = np.einsum("il,ljo->ijo", np.linalg.inv(self.left), parts)
         return np.asarray(parts.reshape(weight.shape))
 
+    def inverse(self) -> Transform:
+        """T⁻¹."""
+        return Transform(self.count, np.linalg.inv(self.right), None if self.left is None else np.linalg.inv(self.left))
+
     def gram(self, gram: np.ndarray) -> np.ndarray:
         """`Tᵀ C T` of a Gram matrix C [D, D]: that of `x T`."""
         return self.rows(self.rows(gram).T)
@@ -100,6 +104,7 @@ def wush(grams: np.ndarray, weight: np.ndarray, *, floor: float, damping: float)
     return Transform(count, found)
 
 
-def best_block(size: int, block: int) -> int:
-    """The largest order of a Hadamard matrix that divides `size` and is no larger than `block`."""
-    return next(order for order in range(min(size, block), 0, -1) if size % order == 0 and hadamard.hadamard(order) is not None)
+def best_block(size: int, most: int, least: int) -> int | None:
+    """The block of `least` to `most` neighbours to divide `size` into: the largest that has a Hadamard matrix, or else the largest."""
+    sizes = [block for block in range(least, min(size, most) + 1) if size % block == 0]
+    return max(sizes, key=lambda block: (hadamard.hadamard(block) is not None, block), default=None)

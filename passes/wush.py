@@ -51,11 +51,11 @@ class Wush(Pass):
         layers = dict[ir.Value, list[ir.Node]]()
         for value, nodes in _block_transform.edges(model).items():
             taken = [node for node in nodes if not is_excluded(node, self.exclude)]
-            size = math.best_block(len(_scaling.matrix(nodes[0])), self.block)
-            if taken and size >= LEAST:
-                layers[value], observers[value] = taken, BlockGram(value.name or "", size)
+            block = math.best_block(len(_scaling.matrix(nodes[0])), self.block, LEAST)
+            if taken and block is not None:
+                layers[value], observers[value] = taken, BlockGram(value.name or "", block)
             elif taken:
-                ctx.skip(taken[0], f"its inputs are not a multiple of a block of {LEAST} or more")
+                ctx.skip(taken[0], f"its inputs cannot be divided into blocks of {LEAST} to {self.block}")
         stats = ctx.observe(observers.values())
         for value, nodes in layers.items():
             stat = stats[observers[value]]
