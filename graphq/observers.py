@@ -157,9 +157,7 @@ class _Sums:
 
     def merge(self, a: Stat, b: Stat) -> Stat:
         _check_width(self, a["sum"], b["sum"])
-        if not (np.isfinite(a["sum"]).all() and np.isfinite(b["sum"]).all()):
-            what, where = f"`{self.value}` contains NaN or infinity", f"{self.source} model, on calibration data"
-            raise DataError(what, where=where, hint="check the calibration data; a float16 model may overflow")
+        _require_finite(self.value, self.source, a["sum"], b["sum"])
         return {name: a[name] + b[name] for name in a}
 
 
@@ -194,6 +192,36 @@ class Gram(_Sums):
             with np.errstate(invalid="ignore"):  # Refused in `merge`.
                 stat = self.merge(stat, {**total, "gram": rows.T @ rows})
         return stat
+
+
+@dataclass(frozen=True)
+class BlockGram:
+    """Gram matrices of blocks of `block` neighbours along the last axis, a number of them that divides its size.
+
+    Stat: `count` int64 `[]`, the number of rows N; `gram` float64 `[D / block, block, block]` (`[]` if no batch).
+    """
+
+    value: str
+    block: int
+    source: Source = "current"
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return (Tap(self.value, self.source),)
+
+    def init(self) -> Stat:
+        return {"count": np.asarray(0), "gram": np.asarray(0.0)}
+
+    def update(self, stat: Stat, *arrays: Array) -> Stat:
+        for rows in _rows(arrays[0], -1):
+            parts = rows.reshape(len(rows), -1, self.block).swapaxes(0, 1)
+            with np.errstate(invalid="ignore"):  # Refused in `merge`.
+                stat = self.merge(stat, {"count": np.asarray(len(rows)), "gram": parts.swapaxes(1, 2) @ parts})
+        return stat
+
+    def merge(self, a: Stat, b: Stat) -> Stat:
+        _require_finite(self.value, self.source, a["gram"], b["gram"])
+        return {name: a[name] + b[name] for name in a}
 
 
 def mean(stat: Stat) -> Array:
@@ -248,6 +276,12 @@ def _rows(x: Array, axis: int) -> Iterator[Array]:
     step = max(1, flat.shape[1], _BLOCK // max(1, flat.shape[1]))
     for start in range(0, len(flat), step):
         yield flat[start : start + step].astype(np.float64)
+
+
+def _require_finite(value: str, source: Source, *sums: Array) -> None:
+    if not all(np.isfinite(one).all() for one in sums):
+        what, where = f"`{value}` contains NaN or infinity", f"{source} model, on calibration data"
+        raise DataError(what, where=where, hint="check the calibration data; a float16 model may overflow")
 
 
 def _check_width(observer: ChannelRange | _Sums, a: Array, b: Array) -> None:

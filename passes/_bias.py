@@ -81,6 +81,21 @@ def shift(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
     edit.set_weight(holder, index, moved.astype(np.float32))
 
 
+def add(edit: Editor, node: ir.Node, amount: np.ndarray) -> None:
+    """As `shift`; a node that has no bias and no input for one, a MatMul, gets an Add behind it."""
+    if can_shift(node):
+        shift(edit, node, amount)
+        return
+    value = node.outputs[0]
+    readers = ir.uses(value)
+    constant = edit.initializer(f"{node.name}_bias", np.asarray(amount, np.float32))
+    result = edit.insert(node, "Add", [value, constant], output=f"{value.name}_biased", like=value, after=True)
+    for use in readers:
+        edit.rewire(use.node, use.idx, result)
+    if value.is_graph_output():
+        edit.replace_output(value, result)
+
+
 def _factor(node: ir.Node) -> float:
     """What a bias input is multiplied by: `beta` of a Gemm."""
     return float(ir.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0

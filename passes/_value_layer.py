@@ -95,6 +95,27 @@ def channel_labels(layer: ir.Node, path: Sequence[ir.Node]) -> np.ndarray | None
     return labels
 
 
+def mixed_alike(source: Source) -> np.ndarray | None:
+    """A number for each output channel of the layer, int64: channels of one number are mixed by one attention, or by none.
+
+    None where that cannot be told. Whatever mixes channels of one number, and nothing else, changes places with the path.
+    """
+    width = ir.constant_shape(linear.weight_of(source.layer))[linear.out_axis(source.layer)]
+    groups = np.zeros(width, np.int64)
+    for index, node in enumerate(source.path):
+        labels = channel_labels(source.layer, source.path[:index]) if node.op_type == "MatMul" else None
+        if labels is None:
+            if node.op_type == "MatMul":
+                return None
+            continue
+        heads, own = np.unique(labels[..., 0, :].reshape(-1, labels.shape[-1]), axis=0), np.full(width, -1)
+        if len(np.unique(heads)) != heads.size:
+            return None
+        own[heads] = np.arange(len(heads))[:, None]
+        _, groups = np.unique(np.stack([groups, own]), axis=1, return_inverse=True)
+    return groups.reshape(-1)
+
+
 def _is_layer(node: ir.Node) -> bool:
     return node.op_type in ("MatMul", "Gemm") and not node.domain and linear.is_linear(node)
 
@@ -136,7 +157,9 @@ def _follow(node: ir.Node, labels: np.ndarray) -> np.ndarray:
     if node.op_type not in ("Reshape", "Squeeze", "Unsqueeze"):
         return labels
     if not constants or constants[0] is None:
-        raise ValueError("the shape is not constant")
+        if node.op_type != "Reshape":
+            raise ValueError("the axes are not constant")
+        return labels.reshape(_sizes(node))
     sizes = [int(size) for size in constants[0].reshape(-1)]
     if node.op_type == "Squeeze":
         return np.squeeze(labels, tuple(sizes))
@@ -145,3 +168,12 @@ def _follow(node: ir.Node, labels: np.ndarray) -> np.ndarray:
     if not ir.attribute(node, "allowzero", 0):
         sizes = [labels.shape[index] if size == 0 else size for index, size in enumerate(sizes)]
     return labels.reshape(sizes)
+
+
+def _sizes(node: ir.Node) -> list[int]:
+    """What is known of the shape that a Reshape makes: of axes without a size, those that its input has too."""
+    before, after = ir.shape_of(node.inputs[0]), ir.shape_of(node.outputs[0])
+    named = {size for size in before or () if isinstance(size, str)}
+    if after is None or any(not isinstance(size, int) and size not in named for size in after):
+        raise ValueError("the shape is not known")
+    return [size if isinstance(size, int) else _UNKNOWN for size in after]
