@@ -17,14 +17,14 @@ from .digits_lm_net import DigitsLm
 from .train import MAX_DIFFERENCE, strip
 
 OPSET, IR_VERSION = 21, 10
-STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1500, 32, 3e-3, 0.1
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1500, 16, 3e-3, 0.1
 SEED = 0
 
 
 def train(steps: int = STEPS) -> DigitsLm:
     """A model trained on random windows of the training blocks by AdamW under a one-cycle learning rate, in eval mode."""
     torch.manual_seed(SEED)
-    torch.set_num_threads(2)  # the order of sums, hence the result, depends on it
+    torch.set_num_threads(1)  # the order of sums, hence the result, depends on it
     model = DigitsLm().train()
     text = torch.from_numpy(digits_lm.blocks("train"))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
@@ -47,7 +47,7 @@ def train(steps: int = STEPS) -> DigitsLm:
 
 
 def sample(text: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (32, 128) from random places of random blocks."""
+    """Inputs and labels (16, 128) from random places of random blocks."""
     rows = torch.randint(len(text), (BATCH, 1))
     places = torch.randint(text.shape[1] - digits_lm.CONTEXT, (BATCH, 1)) + torch.arange(digits_lm.CONTEXT + 1)
     found = text[rows, places]

@@ -18,6 +18,7 @@ CATALOG = {
     "noisy-bias": "graphq.passes.noisy_bias:NoisyBias",
     "block-float": "graphq.passes.block_float:BlockFloat",
     "lower": "graphq.passes.lower:Lower",
+    "digit-planes": "graphq.passes.digit_planes:DigitPlanes",
     "prune": "graphq.passes.prune:Prune",
     "cast-float": "graphq.passes.cast_float:CastFloat",
 }
