@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphq.engines import EngineOptions
     from graphq.graphs import convert_graph
     from graphq.pipeline import Pass
+    from graphq.planes import select_bits
     from graphq.recipe import Recipe, load_recipe
     from graphq.report import Report
     from graphq.spec import QuantSpec
@@ -26,12 +27,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataError", "EngineOptions", "GraphqError", "ModelError", "Pass", "QuantSpec", "Recipe", "RecipeError", "Report", "TargetError",
-    "UsageError", "VerifyError", "bench", "convert", "convert_graph", "load_recipe",
+    "UsageError", "VerifyError", "bench", "convert", "convert_graph", "load_recipe", "select_bits",
 ]  # fmt: skip
 
 _LAZY = {
     "EngineOptions": "engines", "Pass": "pipeline", "QuantSpec": "spec", "Recipe": "recipe", "Report": "report", "bench": "bench",
-    "convert": "convert", "convert_graph": "graphs", "load_recipe": "recipe",
+    "convert": "convert", "convert_graph": "graphs", "load_recipe": "recipe", "select_bits": "planes",
 }  # fmt: skip
 
 

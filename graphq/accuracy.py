@@ -1,4 +1,4 @@
-"""Top-1 accuracy of two models on labelled samples."""
+"""Top-1 accuracy of two models on labelled samples, and perplexity where every token has a label."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from graphq.arrays import open_npz
 from graphq.calibration import CalibrationSet, from_columns
 from graphq.errors import DataError
+from graphq.executor import BATCH as TOKEN_BATCH
 from graphq.executor import Executor
 from graphq.preprocess import Preprocess, resolve_preprocess
 from graphq.report import Accuracy
@@ -21,14 +22,17 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Labelled:
-    """Samples and their classes, `labels` int64 of shape (samples,)."""
+    """Samples and their labels int64: the class of each, (samples,), or of each of its tokens, (samples, tokens).
+
+    Tokens whose label is negative (-100, by custom) are not judged.
+    """
 
     data: CalibrationSet
     labels: np.ndarray
 
 
 def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: str | Path | Preprocess | None = None) -> Labelled:
-    """Read an .npz with one array per model input and `labels`.
+    """Read an .npz with one array per model input and `labels`; those of a language model are the tokens that follow.
 
     Raises:
         DataError: it has no `labels`, or their number or type does not fit.
@@ -42,25 +46,62 @@ def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: st
         raise DataError("The evaluation data has no labels.", where=str(path), expected="an array called 'labels' beside the inputs")
     chosen = None if preprocess is None else resolve_preprocess(preprocess)
     data = from_columns(columns, inputs, "npz", str(path), chosen, (path,))
-    if labels.dtype.kind not in "iu" or labels.shape != (len(data),):
+    if labels.dtype.kind not in "iu" or len(labels.shape) not in (1, 2) or labels.shape[0] != len(data):
         raise DataError("The labels do not fit.", where=f"{path}: labels {labels.dtype}{list(labels.shape)}",
-                        expected=f"integers, one for each of {len(data)} samples")  # fmt: skip
+                        expected=f"integers, one for each of {len(data)} samples, or for each of their tokens")  # fmt: skip
     return Labelled(data, np.asarray(next(labels.stream([(0, len(data))])), np.int64))
 
 
 def compare(reference: Executor, result: Executor, labelled: Labelled) -> Accuracy:
-    """Top-1 of both on the first output, `[samples, classes]` (or `[samples, classes, 1, 1]`)."""
-    right = np.zeros(2)
-    start = 0
-    for batch in labelled.data.batches(BATCH):
+    """Top-1 of both on the first output, `[samples, classes]` (or `[samples, classes, 1, 1]`).
+
+    With labels of tokens it is `[samples, tokens, vocabulary]`, and perplexity is measured too: exp of the mean negative
+    log-likelihood of all labels that are not negative.
+    """
+    of_tokens = labelled.labels.ndim == 2
+    right, losses = np.zeros(2), np.zeros(2)
+    start = judged = 0
+    for batch in labelled.data.batches(TOKEN_BATCH if of_tokens else BATCH):
         count = len(next(iter(batch.values())))
-        wanted = labelled.labels[start : start + count]
+        labels = labelled.labels[start : start + count]
         start += count
         for index, executor in enumerate((reference, result)):
-            scores = executor.run(batch)[0]
-            classes = scores.size // max(count, 1)
-            if ((wanted < 0) | (wanted >= classes)).any():
-                raise DataError("Labels name classes that the model does not have.", where=f"labels {wanted.min()} to {wanted.max()}",
-                                expected=f"0 to {classes - 1}", hint="number the classes as the model does")  # fmt: skip
-            right[index] += int((scores.reshape(count, -1).argmax(1) == wanted).sum())
-    return Accuracy("top1", right[0] / max(start, 1), right[1] / max(start, 1), start)
+            hits, loss = (_judge_tokens if of_tokens else _judge_samples)(executor.run(batch)[0], labels)
+            right[index] += hits
+            losses[index] += loss
+        judged += int((labels >= 0).sum())
+    if not judged:
+        raise DataError("There is no label to judge by.", where=labelled.data.description, expected="at least one that is not negative")
+    before, after = (float(share) for share in right / judged)
+    if not of_tokens:
+        return Accuracy("top1", before, after, start)
+    with np.errstate(over="ignore"):
+        first, second = (float(mean) for mean in np.exp(losses / judged))
+    return Accuracy("next-token top1", before, after, start, judged, first, second)
+
+
+def _judge_samples(scores: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
+    """How many of `labels` (samples,) have the largest score."""
+    _check_classes(labels, scores.size // max(len(labels), 1), ignore_negative=False)
+    return int((scores.reshape(len(labels), -1).argmax(1) == labels).sum()), 0.0
+
+
+def _judge_tokens(logits: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
+    """How many of `labels` (samples, tokens) have the largest logit, and the sum of their negative log-likelihoods in nats."""
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise DataError("The labels do not fit the model's first output.", where=f"labels {list(labels.shape)}, output {list(logits.shape)}",
+                        expected="logits [samples, tokens, vocabulary] for labels [samples, tokens]")  # fmt: skip
+    _check_classes(labels, logits.shape[2], ignore_negative=True)
+    hits, loss = 0, 0.0
+    for scores, wanted in zip(logits, labels, strict=True):  # one sample at a time: a vocabulary in float64 is large
+        kept = wanted >= 0
+        chosen, rows = wanted[kept], scores[kept].astype(np.float64)
+        hits += int((rows.argmax(1) == chosen).sum())
+        loss += float((np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(chosen)), chosen]).sum())
+    return hits, loss
+
+
+def _check_classes(labels: np.ndarray, classes: int, *, ignore_negative: bool) -> None:
+    if labels.size and (labels.max() >= classes or (labels.min() < 0 and not ignore_negative)):
+        raise DataError("Labels name classes that the model does not have.", where=f"labels {labels.min()} to {labels.max()}",
+                        expected=f"0 to {classes - 1}", hint="number the classes as the model does")  # fmt: skip

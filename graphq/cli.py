@@ -225,6 +225,29 @@ def _check_recipe_options(path: Path | None, keep_float: int | None, min_sqnr: f
 
 
 @app.command()
+def planes(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A result of the recipe nested-8-6-4-2, or of the pass digit-planes.")],
+    bits: Annotated[int, typer.Option(min=1, max=8, help="How many bits of each weight to keep.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")],
+    debug: Debug = False,
+) -> None:
+    """Keep the leading bits of weights that are stored in planes: a smaller file of the same model."""
+    from graphq import ir
+    from graphq.backends import files
+    from graphq.planes import select
+    from graphq.report import external_files, file_facts
+
+    found = ir.load(model)
+    before = file_facts(model, found).bytes
+    files.check_output(out, [model, *external_files(model, found)])
+    select(found, bits)
+    with files.pending(out) as part:
+        ir.save(found, part)
+        after = files.written_bytes(part)
+    console.say(f"{model} -> {out}: {bits} bits a weight, {console.size(before)} -> {console.size(after)}", style="bold")
+
+
+@app.command()
 def report(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A converted ONNX file, a report.json, or the folder of one.")],
            as_json: Json = False, debug: Debug = False) -> None:  # fmt: skip
     """Show how a converted model was made."""

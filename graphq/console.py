@@ -172,13 +172,17 @@ def provenance(report: Report) -> None:
 
 
 def _before_after(report: Report) -> Iterator[tuple[str, str, str, str]]:
-    before, after = report.model.bytes, report.output.bytes
-    yield "size", size(before), size(after), _times(before / after, "smaller", "LARGER") if after else ""
+    old, new = report.model.bytes, report.output.bytes
+    yield "size", size(old), size(new), _times(old / new, "smaller", "LARGER") if new else ""
     if report.output.opset != report.model.opset:
         yield "opset", str(report.model.opset), str(report.output.opset), ""
     if (accuracy := report.accuracy) is not None:
         change = 100 * (accuracy.result - accuracy.reference)
-        yield f"{accuracy.metric} on {accuracy.samples} samples", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
+        judged = f"{accuracy.samples} samples" if accuracy.tokens is None else f"{accuracy.tokens} tokens"
+        yield f"{accuracy.metric} on {judged}", share(accuracy.reference), share(accuracy.result), f"{change:+.2f} points"
+        if (ratio := accuracy.perplexity_ratio) is not None:
+            before, after = accuracy.reference_perplexity, accuracy.result_perplexity
+            yield "perplexity", f"{before:.3f}", f"{after:.3f}", f"{ratio:.4f} times"
     if (latency := report.latency) is not None:
         what = f"latency, batch {latency.batch}" + (f", {latency.threads} threads" if latency.threads else "")
         yield what, f"{latency.reference_ms:.2f} ms", f"{latency.result_ms:.2f} ms", _times(latency.speedup, "faster", "SLOWER")

@@ -55,7 +55,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         target: The runtime to write for, one of `graphq.targets.TARGETS`.
         emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
         limits: Gates by name that take the place of the recipe's; None takes one away.
-        evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after.
+        evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after; labels of tokens give perplexity.
         engine: How an engine is built, with `emit="engine"`: `graphq.EngineOptions`, or a mapping of its fields.
         report_dir: Folder for report.json.
         seed: Of everything random.
@@ -82,6 +82,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
             report.check_folder(report_dir)
         data = open_data(calib, original, preprocess, seed)
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
+        _require_labels(plan, labelled)
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                       memory_budget=memory_budget, progress=progress)  # fmt: skip
@@ -190,16 +191,24 @@ def _check_request(plan: Recipe, target: Target, emit: str, out: Path, engine: E
     lacks = [f"{name}: {why}" for name, why in target.engine_lacks.items() if engine is not None and getattr(engine, name)]
     if lacks:
         raise UsageError(f"{target.name} does not have this engine option.", where="; ".join(lacks))
-    if plan.gates.max_accuracy_drop is not None and evaluate is None:
-        raise UsageError(
-            "The recipe limits the loss of accuracy, but there is nothing to measure it on.", where="gate max_accuracy_drop",
-            expected="--eval FILE.npz with inputs and labels", hint="give --eval, or take the gate out of the recipe",
-        )  # fmt: skip
+    _require_labels(plan, evaluate)
     if not plan.passes or plan.passes[0].name != "normalize":
         raise RecipeError(
             "The first pass of the recipe is not normalize.", where=f"recipe {plan.name}",
             expected="- normalize before all others, which rely on the form it gives to a model",
         )  # fmt: skip
+
+
+def _require_labels(plan: Recipe, evaluation: object) -> None:
+    """Refuse a limit on what `evaluation`, a file or what was read from it, cannot measure."""
+    of_samples = isinstance(evaluation, accuracy.Labelled) and evaluation.labels.ndim == 1
+    for name, lacks in (("max_accuracy_drop", evaluation is None), ("max_perplexity_ratio", evaluation is None or of_samples)):
+        if lacks and getattr(plan.gates, name) is not None:
+            what, labels = ("perplexity", "labels [samples, tokens]") if "perplexity" in name else ("accuracy", "labels")
+            raise UsageError(
+                f"The recipe limits the loss of {what}, but there is nothing to measure it on.", where=f"gate {name}",
+                expected=f"--eval FILE.npz with inputs and {labels}", hint="give --eval, or take the gate out of the recipe",
+            )  # fmt: skip
 
 
 def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path) -> Measured:

@@ -22,6 +22,7 @@ class Gates:
     Attributes:
         min_sqnr_db: Signal to quantization noise of each output against the original model, in dB.
         max_accuracy_drop: Points of top-1 accuracy that may be lost on the evaluation set.
+        max_perplexity_ratio: Perplexity of the result over that of the original, on an evaluation set with labels of tokens.
         min_speedup: Latency of the original over latency of the result for one sample, measured on the target.
         min_cosine: Cosine similarity of each output with that of the original model.
         max_size_ratio: Size of the result over that of the original file; larger than the input is refused unless this says more.
@@ -29,6 +30,7 @@ class Gates:
 
     min_sqnr_db: float | None = None
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
     max_size_ratio: Annotated[float, Field(gt=0)] | None = 1.0
@@ -53,6 +55,7 @@ def check(gates: Gates, comparison: Sequence[OutputComparison], latency: Latency
         ("min_cosine", gates.min_cosine, min((entry.cosine for entry in comparison), default=1.0), 1),
         ("min_speedup", gates.min_speedup, latency.speedup if latency is not None else None, 1),
         ("max_accuracy_drop", gates.max_accuracy_drop, lost, -1),
+        ("max_perplexity_ratio", gates.max_perplexity_ratio, accuracy.perplexity_ratio if accuracy is not None else None, -1),
         ("max_size_ratio", gates.max_size_ratio, size_ratio, -1),
     ]
     return tuple(

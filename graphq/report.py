@@ -100,12 +100,26 @@ class Latency:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of right answers, 0 to 1, over the samples of the evaluation set."""
+    """Share of right answers, 0 to 1, over the samples of the evaluation set.
+
+    Attributes:
+        tokens: How many tokens were judged, if each has its label; perplexity is measured then.
+        reference_perplexity, result_perplexity: exp of the mean negative log-likelihood of the labels.
+    """
 
     metric: str
     reference: float
     result: float
     samples: int
+    tokens: int | None = None
+    reference_perplexity: float | None = None
+    result_perplexity: float | None = None
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """By how much perplexity grew; None if it was not measured."""
+        before, after = self.reference_perplexity, self.result_perplexity
+        return None if before is None or after is None else after / before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,46 @@ def test_a_fixed_batch_leaves_the_last_samples_out() -> None:
     assert found.samples == COUNT // 4 * 4 and found.reference == 1.0
 
 
+TOKENS = np.random.default_rng(2).standard_normal((COUNT, 5, 7)).astype(np.float32)
+TOKEN_INPUTS = (ModelInput("x", F32, ("n", "t", 7)),)
+
+
+def token_executor(op: str) -> Executor:
+    return Executor(ir.from_onnx_text(f"{HEAD}\nm (float[n, t, 7] x) => (float[n, t, 7] y) {{ y = {op}(x) }}"))
+
+
+def test_perplexity_equals_a_softmax() -> None:
+    """Tokens with negative labels count nowhere; the rest gives exp of the mean negative log of softmax."""
+    labels = np.random.default_rng(3).integers(0, 7, TOKENS.shape[:2])
+    labels[::3, 2:] = -100
+    found = accuracy.compare(token_executor("Identity"), token_executor("Neg"), Labelled(open_calibration(TOKENS, TOKEN_INPUTS), labels))
+    kept = labels >= 0
+    for sign, share, perplexity in ((1, found.reference, found.reference_perplexity), (-1, found.result, found.result_perplexity)):
+        scores = sign * TOKENS[kept].astype(np.float64)
+        odds = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        assert perplexity == pytest.approx(np.exp(-np.log(odds[np.arange(kept.sum()), labels[kept]]).mean()), rel=1e-9)
+        assert share == pytest.approx((scores.argmax(1) == labels[kept]).mean())
+    assert (found.samples, found.tokens) == (COUNT, kept.sum())
+    assert found.perplexity_ratio == pytest.approx(found.result_perplexity / found.reference_perplexity)  # type: ignore[operator]
+
+
+def test_large_logits_overflow_nowhere() -> None:
+    labels = TOKENS.argmax(2)
+    found = accuracy.compare(token_executor("Identity"), token_executor("Neg"), Labelled(open_calibration(1e4 * TOKENS, TOKEN_INPUTS), labels))
+    assert found.reference_perplexity == pytest.approx(1.0) and found.result_perplexity == float("inf")
+
+
+@pytest.mark.parametrize(("shape", "fill", "message"), [
+    ((COUNT, 4), 0, r"labels \[\d+, 4\], output \[\d+, 5, 7\].*logits \[samples, tokens, vocabulary\]"),
+    ((COUNT, 5), 7, "classes that the model does not have.*0 to 6"),
+    ((COUNT, 5), -100, "no label to judge by"),
+])  # fmt: skip
+def test_labels_of_tokens_that_do_not_fit(shape: tuple[int, int], fill: int, message: str) -> None:
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        accuracy.compare(token_executor("Identity"), token_executor("Neg"),
+                         Labelled(open_calibration(TOKENS, TOKEN_INPUTS), np.full(shape, fill)))  # fmt: skip
+
+
 @pytest.mark.parametrize("wrong", [-1, X.shape[1]])
 def test_labels_of_other_classes(wrong: int) -> None:
     labels = X.argmax(1)
@@ -79,7 +119,7 @@ def test_pixels_are_preprocessed(tmp_path: Path) -> None:
         ({"x": X}, "has no labels.*'labels'"),
         ({"labels": np.arange(COUNT)}, "no array for input 'x'"),
         ({"x": X, "labels": np.arange(COUNT - 1)}, rf"labels do not fit.*int64\[{COUNT - 1}\].*{COUNT} samples"),
-        ({"x": X, "labels": np.zeros((COUNT, 1), int)}, "labels do not fit"),
+        ({"x": X, "labels": np.zeros((COUNT, 1, 1), int)}, "labels do not fit"),
         ({"x": X, "labels": np.array(3)}, "labels do not fit"),
         ({"x": X, "labels": np.zeros(COUNT)}, "labels do not fit.*float64"),
         ({"x": X, "labels": np.zeros(COUNT, bool)}, "labels do not fit.*bool"),

@@ -1,0 +1,104 @@
+"""digit-planes: weights of 8 bits in planes of 2, so that one file is a model of 8, 6, 4 and 2 bits. No data needed.
+
+`graphq.planes` has the format, the operator that reads it and the switch. A nested width costs little against a quantizer of that
+width: its levels lie in the middle of the codes they replace, and none of them is 0 (SQNR of the weights, Gaussian, min-max ranges
+an output channel, held against a quantizer of b bits: see tests/passes/test_digit_planes.py). It is for one file at several
+widths, or for loading a model in parts; who wants one low width alone rounds better with `round`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from graphq import ir, linear, planes
+from graphq.errors import TargetError
+from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
+from graphq.noise import decibel
+from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.quantizers import QParams, Uniform
+from graphq.spec import PerAxis, PerGroup, QuantSpec
+from graphq.targets import Target
+
+WIDTHS = (8, 6, 4, 2)
+"""Reported for each layer."""
+
+
+@pass_options
+class DigitPlanes(Pass):
+    """Stores the weights of linear layers as four planes of 2-bit digits, of which any number of leading bits can be read.
+
+    Attributes:
+        group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel, as weights
+            get that are not a multiple of it.
+        op_types: Operator types to take.
+        exclude: Patterns of node names (or operator types) that stay float.
+    """
+
+    name: ClassVar[str] = "digit-planes"
+
+    group_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    op_types: tuple[str, ...] = tuple(linear.LINEAR_OPS)
+    exclude: tuple[str, ...] = ()
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        require_matches(model, self.exclude)
+        if "uint2" not in target.storage:
+            raise TargetError(f"{target.name} does not take uint2 weights.", where=f"pass {self.name}",
+                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
+        reasons = [self._refusal(node) for node in self._nodes(model)]
+        if not self.allow_no_effect and None not in reasons:
+            raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        ctx.edit.raise_opset(planes.OPSET)
+        decoded: dict[tuple[ir.Value, int], ir.Value] = {}
+        for node in self._nodes(model):
+            if reason := self._refusal(node):
+                ctx.skip(node, reason)
+                continue
+            index = linear.LINEAR_OPS[node.op_type].weight
+            value, key = node.inputs[index], (node.inputs[index], linear.out_axis(node))
+            assert value is not None
+            if key not in decoded:
+                decoded[key] = self._store(node, value, ctx)  # type: ignore[index]
+            ctx.edit.rewire(node, index, decoded[key])  # type: ignore[index]
+        ctx.edit.prune()
+
+    def _nodes(self, model: ir.Model) -> list[ir.Node]:
+        return [node for node in model.graph if not node.domain and node.op_type in self.op_types and node.op_type in linear.LINEAR_OPS]
+
+    def _refusal(self, node: ir.Node) -> str | None:
+        return "excluded by the recipe" if is_excluded(node, self.exclude) else linear.linear_refusal(node)
+
+    def _store(self, node: ir.Node, value: ir.Value, ctx: PassContext) -> ir.Value:
+        """The float value that stands for the weight `value` of `node` from now on."""
+        weight = ir.constant(value)
+        assert weight is not None
+        axis = linear.in_axis(node)
+        if self.group_size and weight.ndim == 2 and weight.shape[axis] % self.group_size == 0:
+            spec = QuantSpec(8, signed=False, symmetric=False, granularity=PerGroup(axis, self.group_size))
+            grouped = (*weight.shape[:axis], -1, self.group_size, *weight.shape[axis + 1 :])
+        else:
+            spec, grouped = QuantSpec(8, signed=False, symmetric=False, granularity=PerAxis(linear.out_axis(node))), weight.shape
+        qparams = Uniform(spec).fit_weight(weight)
+        codes = Uniform(spec).quantize(weight, qparams).reshape(grouped)
+        scale, zero_point = _broadcast(qparams, spec, len(grouped))
+        numbers, power = {}, float(np.sum(weight**2, dtype=np.float64))
+        for bits in WIDTHS:
+            error = weight - ((planes.nested(codes, bits) - zero_point) * scale).reshape(weight.shape)
+            numbers[f"weight_sqnr_{bits}_bits_db"] = decibel(power, float(np.sum(error**2, dtype=np.float64)))
+        ctx.measure(node.name or "", **numbers)
+        return planes.insert(ctx.edit, node, value.name or "weight", codes, scale, zero_point.astype(np.uint8), value)
+
+
+def _broadcast(qparams: QParams, spec: QuantSpec, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point with axes of length 1, so that they broadcast to codes of `rank` axes."""
+    if isinstance(spec.granularity, PerGroup):
+        axis = spec.granularity.axis + 1
+        return np.expand_dims(qparams.scale, axis), np.expand_dims(qparams.zero_point, axis)
+    assert isinstance(spec.granularity, PerAxis)
+    shape = [-1 if index == spec.granularity.axis else 1 for index in range(rank)]
+    return qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
