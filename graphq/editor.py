@@ -14,7 +14,7 @@ import numpy as np
 
 from graphq import ir
 from graphq.errors import ModelError
-from graphq.ir import Function, Graph, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
+from graphq.ir import Function, Graph, Keep, Model, Node, Value, all_nodes, make_node, make_tensor, opset, values_by_name
 
 _AUTHOR = "graphq.pass"
 
@@ -28,11 +28,11 @@ class Editor:
     """Changes one model and counts the changes, by kind, in `edits`.
 
     Names asked for are made unique. A node that other nodes still read cannot be removed. Nodes remember the pass that inserted them
-    (see `made_by`) until the model is written.
+    (see `made_by`) until the model is written. Constants go through `keep`, which may move them to disk (see `ir.spilling`).
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, keep: Keep = lambda tensor: tensor) -> None:
+        self.model, self.keep = model, keep
         self.author = ""
         self.edits: Counter[str] = Counter()
         self._shared: dict[Hashable, Value] = {}
@@ -57,7 +57,7 @@ class Editor:
     def initializer(self, name: str, array: np.ndarray, storage: str | None = None, graph: Graph | None = None) -> Value:
         """A new constant. `storage` names its ONNX type when the array's own differs (int4 codes held as int8)."""
         name = self.unique(name)
-        tensor = make_tensor(np.asarray(array), storage or str(np.asarray(array).dtype), name)
+        tensor = self.keep(make_tensor(np.asarray(array), storage or str(np.asarray(array).dtype), name))
         value = ir.make_value(name, tensor)
         (graph or self.model.graph).register_initializer(value)
         self.edits["initializer"] += 1
@@ -75,10 +75,10 @@ class Editor:
         old = node.inputs[index]
         assert old is not None and old.const_value is not None, "set_weight needs an initializer"
         if array.shape == tuple(old.const_value.shape) and len(old.uses()) == 1 and not old.is_graph_output():
-            old.const_value = make_tensor(array, str(old.const_value.numpy().dtype), old.name or "")
+            old.const_value = self.keep(make_tensor(array, str(old.const_value.dtype.numpy()), old.name or ""))
             self.edits["weight"] += 1
             return old
-        new = self.initializer(old.name or "weight", array, str(old.const_value.numpy().dtype), node.graph)  # type: ignore[arg-type]
+        new = self.initializer(old.name or "weight", array, str(old.const_value.dtype.numpy()), node.graph)  # type: ignore[arg-type]
         self.rewire(node, index, new)
         return new
 

@@ -1,11 +1,12 @@
-"""The graph: reading, writing and looking at ONNX models. The one module that imports onnx_ir; `graphq.editor` changes them."""
+"""The graph: reading, writing (see `graphq.ir_files`) and looking at ONNX models; `graphq.editor` changes them.
+
+This module and `ir_files` alone import onnx_ir.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,87 +16,22 @@ import onnx_ir
 from onnx_ir import DataType, Function, Graph, Model, Node, Shape, Value, from_onnx_text
 
 from graphq.errors import ModelError
+from graphq.ir_files import HEAVY, MAX_OPSET, Keep, in_memory, load, save, spilling, tensors
 from graphq.spec import ModelInput
-from graphq.untrusted import check_file, check_names, check_tensors
 
 __all__ = [
-    "DOMAIN", "DataType", "Function", "Graph", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
+    "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
     "constant_shape", "describe", "from_onnx_text", "function_from_text", "inputs", "is_float", "is_same_function", "light_proto", "load",
-    "make_node", "nodes_inside", "opset", "own_functions_aside", "producer", "reads", "save", "segment_proto", "shape_of", "subgraphs",
-    "to_proto", "uses", "values_by_name",
+    "make_node", "nodes_inside", "opset", "outline", "own_functions_aside", "producer", "reads", "save", "segment_proto", "shape_of",
+    "spilling", "subgraphs", "to_proto", "uses", "values_by_name", "weight_bytes",
 ]  # fmt: skip
 
 DOMAIN = "graphq"
 """Domain of the operators that passes write as model-local functions (see `graphq.functions`)."""
 
-MAX_OPSET, _PROTOBUF_LIMIT = onnx.defs.onnx_opset_version(), 1 << 31
 _NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "int2", "uint2", "bfloat16")} | {
     "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float4e2m1": ml_dtypes.float4_e2m1fn,
 }  # fmt: skip
-
-
-# ---- reading and writing --------------------------------------------------------------------------------------------
-
-
-def load(path: str | os.PathLike[str]) -> Model:
-    """Read a model; external data stays memory-mapped.
-
-    Raises:
-        ModelError: the file is missing, empty, not an ONNX model, of an unknown opset, or its external data is missing,
-            too short or outside the model's folder.
-    """
-    path = Path(path)
-    check_file(path)
-    try:
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except Exception as error:  # protobuf raises several unrelated types
-        raise _not_onnx(path, "it does not parse as protobuf") from error
-    if not proto.ir_version or not proto.HasField("graph"):
-        raise _not_onnx(path, "it holds no graph")
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx") and entry.version > MAX_OPSET:
-            raise ModelError(
-                f"The model uses opset {entry.version}, which is not known here.", where=str(path),
-                expected=f"opset {MAX_OPSET} at most", hint="export with a lower opset_version, or update the onnx package",
-            )  # fmt: skip
-    try:
-        check_names(proto.graph, path)
-        check_tensors(proto, path, lambda kind: onnx_ir.DataType(kind).bitwidth)
-        model = onnx_ir.from_proto(proto)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _not_onnx(path, f"its graph cannot be read ({error})") from error
-    onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
-    for graph in model.graphs():
-        for value in graph.initializers.values():  # those of subgraphs are few and small, as are constants in attributes
-            if graph is not model.graph or not isinstance(value.const_value, onnx_ir.ExternalTensor):
-                value.const_value = _in_memory(value.const_value)
-    for node in all_nodes(model):
-        while node.inputs and node.inputs[-1] is None:  # ONNX Runtime 1.31 crashes on a LayerNormalization that leaves its bias out so
-            node.resize_inputs(len(node.inputs) - 1)
-        for name, entry in list(node.attributes.items()):
-            if entry.type == onnx_ir.AttributeType.TENSOR and not entry.is_ref():
-                node.attributes[name] = make_attribute(name, _in_memory(entry.value))
-    return model
-
-
-def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write a model with all its bytes; weights go to `<name>.data` beside it when they do not fit into one file (2 GiB)."""
-    path = Path(path)
-    total = sum(tensor.nbytes for tensor in _tensors(model))
-    if total > _PROTOBUF_LIMIT - (1 << 26):
-        return onnx_ir.save(model, path, external_data=f"{path.name}.data")
-    if any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in _tensors(model)):
-        model = onnx_ir.external_data.load_to_model(model.clone())  # the input's data file may not be there tomorrow
-    onnx_ir.save(model, path)
-
-
-def _not_onnx(path: Path, why: str) -> ModelError:
-    return ModelError(
-        f"This is not a readable ONNX model: {why}.", where=str(path), expected="an .onnx file as an exporter wrote it",
-        hint="check that the download or export finished (the file may be cut off)",
-    )  # fmt: skip
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------
@@ -106,21 +42,31 @@ def clone(model: Model) -> Model:
     return model.clone()
 
 
-def light_proto(model: Model, *, shapes: bool = False) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The protobuf form without the bytes of the main graph's larger initializers, and their arrays by name.
 
     They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
-    does not know (4 and 2 bits, small floats) stay inside. `shapes` says whether to write down those of values inside the graph.
+    does not know (4 and 2 bits, small floats) stay inside.
     """
     proto = _proto_of(model, list(model.graph))
-    inside = [value for node in model.graph for value in node.outputs if not value.is_graph_output()] if shapes else []
-    for own, entries in (
-        (proto.graph.value_info, inside),
-        (proto.graph.input, model.graph.inputs),
-        (proto.graph.output, model.graph.outputs),
-    ):
-        own.extend(onnx_ir.serde.serialize_value(value) for value in entries)
+    _add_ends(proto, model)
     return proto, _add_weights(proto.graph, list(model.graph.initializers.values()))
+
+
+def outline(model: Model, *, shapes: bool = False) -> onnx.ModelProto:
+    """The protobuf form in which all larger initializers of the main graph, of any type, are empty references: no weight is read.
+
+    `shapes` says whether to write down those of values inside the graph.
+    """
+    proto = _proto_of(model, list(model.graph))
+    _add_ends(proto, model)
+    if shapes:
+        inside = (value for node in model.graph for value in node.outputs if not value.is_graph_output())
+        proto.graph.value_info.extend(onnx_ir.serde.serialize_value(value) for value in inside)
+    for name, tensor in ((name, value.const_value) for name, value in model.graph.initializers.items()):
+        if tensor is not None:
+            proto.graph.initializer.append(_reference(name, tensor) if _is_heavy(tensor) else _whole(name, tensor))
+    return proto
 
 
 def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -143,6 +89,12 @@ def _proto_of(model: Model, nodes: Sequence[Node]) -> onnx.ModelProto:
     return proto
 
 
+def _add_ends(proto: onnx.ModelProto, model: Model) -> None:
+    """Write the graph's inputs and outputs."""
+    for own, values in ((proto.graph.input, model.graph.inputs), (proto.graph.output, model.graph.outputs)):
+        own.extend(onnx_ir.serde.serialize_value(value) for value in values)
+
+
 def _add_weights(graph: onnx.GraphProto, values: Sequence[Value]) -> dict[str, np.ndarray]:
     """Write initializers, large ones that are read as empty references, and return the arrays of these."""
     arrays = dict[str, np.ndarray]()
@@ -150,25 +102,25 @@ def _add_weights(graph: onnx.GraphProto, values: Sequence[Value]) -> dict[str, n
         name, tensor = value.name or "", value.const_value
         if tensor is None:
             continue
-        if _is_heavy(tensor) and value.uses():
+        is_shared = _is_heavy(tensor) and np.dtype(tensor.dtype.numpy()).isbuiltin == 1 and bool(value.uses())
+        if is_shared:
             arrays[name] = tensor.numpy()
-            tensor = onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)  # type: ignore[arg-type]
-        else:
-            tensor = _in_memory(tensor)
-        graph.initializer.append(onnx_ir.serde.serialize_tensor(tensor))
-        graph.initializer[-1].name = name
+        graph.initializer.append(_reference(name, tensor) if is_shared else _whole(name, tensor))
     return arrays
 
 
 def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
-    return tensor.nbytes > 1024 and np.dtype(tensor.dtype.numpy()).isbuiltin == 1
+    return tensor.nbytes > HEAVY and tensor.dtype != DataType.STRING
 
 
-def _in_memory(tensor: Any) -> Any:
-    """The tensor as an array of its own: one in a file would be read, and one in a protobuf copied, whenever somebody looks at it."""
-    if not isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.TensorProtoTensor):
-        return tensor
-    return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+def _reference(name: str, tensor: onnx_ir.TensorProtocol) -> onnx.TensorProto:
+    return onnx_ir.serde.serialize_tensor(onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name))  # type: ignore[arg-type]
+
+
+def _whole(name: str, tensor: onnx_ir.TensorProtocol) -> onnx.TensorProto:
+    proto = onnx_ir.serde.serialize_tensor(in_memory(tensor))
+    proto.name = name
+    return proto
 
 
 def subgraphs(node: Node) -> Iterator[Graph]:
@@ -296,14 +248,24 @@ def describe(node: Node) -> str:
     return f"{node.op_type} {node.name!r} ({', '.join(size(value) for value in node.inputs)})"
 
 
-def _tensors(model: Model) -> Iterator[Any]:
-    for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+def weight_bytes(model: Model) -> int:
+    """Bytes of all initializers."""
+    return sum(tensor.nbytes for tensor in tensors(model))
 
 
 def make_tensor(array: np.ndarray, storage: str, name: str) -> onnx_ir.TensorProtocol:
     """A tensor of the ONNX type `storage` (`int8`, `uint4`, `float32`...) from an array that holds its values."""
-    return onnx_ir.Tensor(np.asarray(array, order="C").astype(_NUMPY_TYPES.get(storage, storage), copy=False), name=name)
+    array = np.asarray(array, order="C")
+    if storage in ("int4", "uint4"):
+        return onnx_ir.PackedTensor(_packed(array), DataType[storage.upper()], shape=array.shape, name=name)
+    return onnx_ir.Tensor(array.astype(_NUMPY_TYPES.get(storage, storage), copy=False), name=name)
+
+
+def _packed(codes: np.ndarray) -> np.ndarray:
+    """Two codes of 4 bits a byte, the first in the low half: uint8 [ceil(size / 2)] from an array of any integer type."""
+    flat = (codes if codes.itemsize == 1 else codes.astype(np.int8)).reshape(-1).view(np.uint8)
+    pairs = (flat if len(flat) % 2 == 0 else np.append(flat, np.uint8(0))).view("<u2")
+    return (pairs & 0x0F | pairs >> 4 & 0xF0).astype(np.uint8)
 
 
 def make_node(op_type: str, values: Sequence[Value | None], outputs: Sequence[str], *, domain: str = "", name: str = "",

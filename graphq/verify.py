@@ -38,9 +38,9 @@ def verify_graph(model: ir.Model) -> None:
 
 def _weights_as_inputs(model: ir.Model) -> onnx.ModelProto:
     """The checker insists on reading external data, so large weights are shown to it as inputs; and on ranks, which runtimes do not."""
-    proto, weights = ir.light_proto(model)
+    proto = ir.outline(model)
     listed = {entry.name for entry in proto.graph.input}
-    for entry in [entry for entry in proto.graph.initializer if entry.name in weights]:
+    for entry in [entry for entry in proto.graph.initializer if entry.data_location == onnx.TensorProto.EXTERNAL]:
         if entry.name not in listed:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(entry.name, entry.data_type, list(entry.dims)))
         proto.graph.initializer.remove(entry)

@@ -102,7 +102,7 @@ def become_constant(edit: Editor, out: ir.Value, data: object) -> None:
     """
     node = out.producer()
     assert node is not None and node.graph is not None and out.name
-    tensor = ir.make_tensor(data, str(data.dtype), out.name) if isinstance(data, np.ndarray) else data
+    tensor = edit.keep(ir.make_tensor(data, str(data.dtype), out.name)) if isinstance(data, np.ndarray) else data
     value = ir.make_value(out.name, tensor)  # type: ignore[arg-type]
     node.graph.register_initializer(value)  # type: ignore[union-attr]
     edit.replace(out, value)

@@ -21,9 +21,8 @@ def infer_shapes(ctx: PassContext) -> int:
     if all(value.dtype is not None and value.shape is not None for value in values.values()):
         return 0
     try:
-        inferred = onnx.shape_inference.infer_shapes(
-            ir.light_proto(ctx.model, shapes=True)[0], check_type=False, strict_mode=False, data_prop=True
-        )
+        known = ir.outline(ctx.model, shapes=True)
+        inferred = onnx.shape_inference.infer_shapes(known, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:  # onnx raises several types; a model without shapes still converts
         ctx.skipped.append(("shape inference", f"onnx cannot infer shapes: {str(error).strip()[:200]}"))
         return 0

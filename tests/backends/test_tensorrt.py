@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from graphq import ir
+from graphq import ir, ir_files
 from graphq.backends import engine_shapes, tensorrt
 from graphq.calibration import open_calibration
 from graphq.editor import Editor
@@ -131,7 +131,7 @@ def test_a_model_too_large_for_protobuf_goes_through_external_data(tmp_path: Pat
         saved.append(sorted(part.name for part in file.parent.iterdir()))
         return build(file, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ir, "_PROTOBUF_LIMIT", 1 << 26)  # less what a file needs besides weights: every weight is too large
+    monkeypatch.setattr(ir_files, "PROTOBUF_LIMIT", 1 << 26)  # less what a file needs besides weights: every weight is too large
     monkeypatch.setattr(tensorrt, "build", spy)
     assert emit(conv(), tmp_path).startswith(MAGIC)
     assert saved == [["model.onnx", "model.onnx.data"]]

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from graphq import ir
+from graphq import ir, ir_files
 from graphq.editor import Editor
 from graphq.errors import ModelError
 from graphq.executor import Executor, Fetch
@@ -209,7 +209,7 @@ def test_narrow_integers_survive_a_file(tmp_path: Path, storage: str, kind: type
 
 
 def test_weights_over_the_protobuf_limit_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ir, "_PROTOBUF_LIMIT", (1 << 26) + 1000)
+    monkeypatch.setattr(ir_files, "PROTOBUF_LIMIT", (1 << 26) + 1000)
     ir.save(big_model(), tmp_path / "m.onnx")
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert (tmp_path / "m.onnx").stat().st_size < 1000
