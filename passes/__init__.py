@@ -26,6 +26,5 @@ CATALOG = {
     "lower": "graphq.passes.lower:Lower",
     "nm-prune": "graphq.passes.nm_prune:NmPrune",
     "digit-planes": "graphq.passes.digit_planes:DigitPlanes",
-    "prune": "graphq.passes.prune:Prune",
     "cast-float": "graphq.passes.cast_float:CastFloat",
 }

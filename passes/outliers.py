@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graphq import functions, ir, linear, precision, qdq
 from graphq.errors import TargetError
-from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
+from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.passes import _layer_rows, _weight_formats
 from graphq.passes import _outliers_math as math

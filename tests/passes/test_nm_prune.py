@@ -17,12 +17,12 @@ from graphq import ir, linear
 from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError
 from graphq.executor import Executor
-from graphq.passes import _channels, _masked
+from graphq.passes import _masked
 from graphq.passes import _nm_math as math
 from graphq.passes._nm_math import Pattern
 from graphq.passes._round_math import damped
-from graphq.passes.normalize import Normalize
 from graphq.passes.nm_prune import NmPrune
+from graphq.passes.normalize import Normalize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.pipeline import Pass, PassContext, PassRecord, run_passes
 from graphq.targets import get_target, require_legal
