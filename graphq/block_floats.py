@@ -113,8 +113,8 @@ def insert_weight(edit: Editor, node: ir.Node, index: int, blocks: Blocks, *, tu
     edit.rewire(node, index, result)
 
 
-def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: float, readers: list[tuple[ir.Node, int]]) -> None:
-    """Let `readers` read `value` rounded in blocks along its last axis, whose scales are computed where the model runs.
+def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: float, readers: list[tuple[ir.Node, int]]) -> ir.Value:
+    """Let `readers` read `value` rounded in blocks along its last axis, whose scales are computed where the model runs; returns the result.
 
     Args:
         largest: Magnitude that scales of blocks must hold, for the tensor's scale of nvfp4; beyond it values saturate.
@@ -162,6 +162,7 @@ def insert_activation(edit: Editor, value: ir.Value, kind: FormatName, largest: 
     result.shape, result.type = value.shape, value.type
     for node, index in readers:
         edit.rewire(node, index, result)
+    return result
 
 
 def _storage(codes: Array) -> str:

@@ -69,6 +69,16 @@ def is_quantizer(node: ir.Node) -> bool:
     return node.domain == ir.DOMAIN or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _PART in node.metadata_props
 
 
+def is_quantized(value: ir.Value | None) -> bool:
+    """Whether a DequantizeLinear or an operator of graphq makes `value`, or it is put together of such."""
+    maker = ir.producer(value)
+    if maker is None:
+        return False
+    if maker.op_type == "Concat" and not maker.domain:
+        return all(map(is_quantized, maker.inputs))
+    return maker.op_type == "DequantizeLinear" or maker.domain == ir.DOMAIN
+
+
 def before_quantizer(value: ir.Value | None) -> ir.Value | None:
     """What a quantizer of graphq's reads if one makes `value`, by a QDQ pair or by a function; `value` itself otherwise."""
     maker = ir.producer(value)

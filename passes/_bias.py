@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphq import ir, linear
+from graphq import ir, linear, stored
 from graphq.editor import Editor
 
 Slot = tuple[ir.Node, int]
@@ -42,6 +42,17 @@ def behind(node: ir.Node) -> np.ndarray:
     slot = find(node)
     array = ir.constant(slot[0].inputs[slot[1]]) if slot is not None and slot[0].op_type == "Add" else None
     return np.zeros(()) if array is None else array.reshape(-1).astype(np.float64)
+
+
+def added(model: ir.Model, node: ir.Node) -> np.ndarray:
+    """What the bias of `node`, wherever it stands, adds to each output channel: float64 of shape (channels,), or 0 of shape ()."""
+    slot = find(node)
+    if slot is None:
+        return np.zeros(())
+    holder, index = slot
+    value = holder.outputs[0] if holder.op_type == "DequantizeLinear" else holder.inputs[index]
+    assert value is not None
+    return stored.decode(model, value).reshape(-1).astype(np.float64) * (1.0 if holder.op_type == "Add" else _factor(node))
 
 
 def can_shift(node: ir.Node) -> bool:

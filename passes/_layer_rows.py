@@ -7,7 +7,7 @@ at the rows that are picked, so that memory does not grow with the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,12 @@ class Layer:
         return rows.reshape(len(rows), self._groups, width).swapaxes(0, 1)
 
     @property
+    def inputs(self) -> int:
+        """D."""
+        shape = [size for size in ir.shape_of(linear.weight_of(self.node)) or () if isinstance(size, int)]
+        return int(np.prod(shape)) // shape[linear.out_axis(self.node)]
+
+    @property
     def _groups(self) -> int:
         return int(ir.attribute(self.node, "group", 1)) if self.node.op_type == "Conv" else 1
 
@@ -109,7 +115,7 @@ class _Window:
 
     @classmethod
     def of(cls, node: ir.Node, shape: tuple[int, ...]) -> _Window:
-        kernel, sizes = ir.constant_shape(linear.weight_of(node))[2:], shape[2:]
+        kernel, sizes = tuple(size for size in ir.shape_of(linear.weight_of(node)) or () if isinstance(size, int))[2:], shape[2:]
         ones, none = (1,) * len(kernel), (0,) * (2 * len(kernel))
         strides, dilations = (tuple(ir.attribute(node, name, ones)) for name in ("strides", "dilations"))
         reaches = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
@@ -154,29 +160,34 @@ def some(step: SweepStep, limit: int, seed: int) -> np.ndarray:
     return _gather(pick(int(ends[-1]), limit, seed), ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
 
 
+def chunks(step: SweepStep, seed: int) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+    """Rows [G, rows, D] that are picked at a stop of the sweep, up to `ROWS` at a time: whether they are held out, what they are
+    before the quantizer of what the layer reads, and behind it (the same array if there is none)."""
+    layer = Layer(step.node)
+    ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
+    picked = pick(int(ends[-1]), max(ROWS, ROWS_PER_INPUT * layer.inputs), seed)
+    run = -(-int(ends[-1]) // RUNS)
+    is_held = picked // run % FOLDS == FOLDS - 1
+    for held in (False, True):
+        rows = picked[is_held == held]
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS]
+            data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
+            raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
+            yield held, raw, data
+
+
 def collect(step: SweepStep, seed: int) -> tuple[Sums, Sums]:
     """Sums over four fifths of the rows that are picked at a stop of the sweep, and over the rest.
 
     R is what the layer's output lacks of what the layer makes of its input before that is quantized.
     """
-    layer = Layer(step.node)
-    weight = layer.weight().swapaxes(1, 2)
-    ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
-    picked = pick(int(ends[-1]), max(ROWS, ROWS_PER_INPUT * weight.shape[1]), seed)
-    run = -(-int(ends[-1]) // RUNS)
-    is_held = picked // run % FOLDS == FOLDS - 1
-
-    def sums(rows: np.ndarray) -> Sums:
-        total = Sums.none(len(weight), weight.shape[2], weight.shape[1])
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
-            raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
-            wanted = raw @ weight
-            total += Sums.of(data, wanted - data @ weight, wanted)
-        return total
-
-    return sums(picked[~is_held]), sums(picked[is_held])
+    weight = Layer(step.node).weight().swapaxes(1, 2)
+    sums = [Sums.none(len(weight), weight.shape[2], weight.shape[1]) for _ in range(2)]
+    for is_held, raw, data in chunks(step, seed):
+        wanted = raw @ weight
+        sums[is_held] += Sums.of(data, wanted - data @ weight, wanted)
+    return sums[0], sums[1]
 
 
 def _gather(rows: np.ndarray, ends: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:

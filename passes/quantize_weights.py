@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, qdq
+from graphq import ir, linear, precision, qdq
 from graphq.errors import TargetError
 from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.passes import _tables, _weight_formats
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.precision import Bits
 from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, QuantSpec
 from graphq.targets import Target
@@ -85,6 +86,8 @@ class QuantizeWeights(Pass):
             return "excluded by the recipe"
         if reason := linear.linear_refusal(node):
             return reason
+        if precision.asked(node, Bits(self.bits, None)).weight is None:
+            return "a float weight was asked for it"
         obstacle = _weight_formats.not_grouped(node, self.group_size)
         if obstacle is None:
             return qdq.spec_for_weight(node, _spec(self.bits), self.group_size or None)

@@ -104,12 +104,12 @@ class Round(Pass):
 
     def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
         """What the weight of `node` becomes, or why it stays float."""
-        bits, maker = self._bits(node), ir.producer(linear.data_of(node))
+        bits = self._bits(node)
         if reason := _layer_rows.refusal(model, node, self.exclude):
             return reason
         if bits is None:
             return "a float weight was asked for it"
-        if self.layers == "quantized" and (maker is None or (maker.op_type != "DequantizeLinear" and maker.domain != ir.DOMAIN)):
+        if self.layers == "quantized" and not qdq.is_quantized(linear.data_of(node)):
             return "its input is not quantized"
         shape = ir.constant_shape(linear.weight_of(node))
         is_grouped = self.group_size is not None and len(shape) == 2 and self.group_size < shape[linear.in_axis(node)]

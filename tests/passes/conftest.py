@@ -142,3 +142,36 @@ def same() -> Callable[..., tuple[ir.Model, PassRecord]]:
         return model, record
 
     return same
+
+
+# ---- branches and residuals -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heavy() -> Callable[..., np.ndarray]:
+    """Correlated rows of channels of very different size, with means and heavy tails, float32 [rows, width]."""
+
+    def heavy(seed: int, rows: int, width: int, spread: float = 0.8) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        mix = rng.standard_normal((width, width)) / np.sqrt(width) + np.eye(width)
+        size = np.exp(spread * rng.standard_normal(width))
+        return ((rng.standard_t(5, (rows, width)) @ mix + 0.3 * rng.standard_normal(width)) * size).astype(np.float32)
+
+    return heavy
+
+
+@pytest.fixture
+def after() -> Callable[..., tuple[ir.Model, PassRecord]]:
+    """A model after the passes of a recipe (YAML, one line each), calibrated with `x`, and what the last pass did."""
+
+    def after(model: ir.Model, x: np.ndarray, *lines: str, target: str = "onnxruntime") -> tuple[ir.Model, PassRecord]:
+        from graphq.recipe import parse_recipe
+
+        copy, data = ir.clone(model), open_calibration({"x": x}, ir.inputs(model))
+        ctx = PassContext(model=copy, reference=ir.clone(model), calib=data, held_out=data, target=get_target(target))
+        recipe = parse_recipe("passes:\n" + "".join(f"  - {line}\n" for line in lines), "test")
+        record = run_passes(recipe.passes, ctx, verify_graph)[-1]
+        require_legal(copy, ctx.target)
+        return copy, record
+
+    return after
