@@ -26,7 +26,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 
 def factors(matrix: np.ndarray, rank: int, gram: np.ndarray | None = None) -> Factors:
-    """The L of `rank` with the least `||X (matrix - L)||²`, float64; without C, [D, D] and positive definite, the least `||matrix - L||²`."""
+    """The L of `rank` with the least `||X (matrix - L)||²`, float64; without C, [D, D] and positive definite, `||matrix - L||²`."""
     seen = np.asarray(matrix if gram is None else np.linalg.cholesky(gram).T @ matrix, np.float64)
     inputs, outputs = seen.shape
     if outputs <= inputs:

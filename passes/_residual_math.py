@@ -18,7 +18,6 @@ import numpy as np
 from graphq.quantizers import QParams, Uniform
 from graphq.spec import QuantSpec
 
-
 BLOCK = 16
 """Channels are added in multiples of so many: the blocks of NVFP4."""
 

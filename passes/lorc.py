@@ -40,7 +40,7 @@ class Lorc(Pass):
     rank: Annotated[int, Field(ge=1)] = 16
     store: Literal["int8", "float32"] = "int8"
     min_gain_db: Annotated[float, Field(ge=0)] = 0.5
-    samples: Annotated[int, Field(ge=0)] = 64
+    samples: Annotated[int, Field(ge=0)] = 0
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
@@ -65,10 +65,10 @@ class Lorc(Pass):
         weight = linear.weight_of(node)
         if weight is None or not stored.is_stored(weight):
             return "its weight is not quantized"
+        if reason := _branch.refusal(node, self.rank):
+            return reason
         wanted = None if twin is None else ir.constant(linear.weight_of(twin))
-        if wanted is None or wanted.shape != ir.shape_of(weight):
-            return "the float model has no such layer"
-        return _branch.refusal(node, self.rank)
+        return "the float model has no such layer" if wanted is None or wanted.shape != ir.shape_of(weight) else None
 
     def _compensate(self, step: SweepStep, twin: ir.Node, ctx: PassContext) -> None:
         node, takes_mean = step.node, _bias.can_shift(step.node)

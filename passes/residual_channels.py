@@ -136,8 +136,8 @@ class ResidualChannels(Pass):
                                    after=True)  # fmt: skip
         scale, spec = ir.constant(maker.inputs[1]), replace(ctx.target.activation, bits=self.bits)
         assert scale is not None
-        half = float(scale.reshape(())) / 2
-        return qdq.insert_pair(ctx.edit, residual, Uniform(spec).fit(-half, half), spec, [], narrow=spec.storage in ctx.target.activation_storage)
+        half, narrow = float(scale.reshape(())) / 2, spec.storage in ctx.target.activation_storage
+        return qdq.insert_pair(ctx.edit, residual, Uniform(spec).fit(-half, half), spec, [], narrow=narrow)
 
     def _in_blocks(self, value: ir.Value, largest: float, name: str, ctx: PassContext) -> ir.Value:
         """`value` rounded in blocks."""

@@ -7,7 +7,6 @@ which integer kernels compute. No data needed. Main graph only.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import numpy as np

@@ -53,7 +53,7 @@ class SvdBranch(Pass):
     activation_bits: Annotated[int, Field(ge=2, le=8)] | None = 4
     store: Literal["int8", "float32"] = "int8"
     min_gain_db: Annotated[float, Field(ge=0)] = 0.5
-    samples: Annotated[int, Field(ge=0)] = 64
+    samples: Annotated[int, Field(ge=0)] = 0
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
