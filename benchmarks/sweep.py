@@ -123,8 +123,8 @@ def sweep_job(blocks: str, budget_mb: str, reads: str) -> Row:
             executor.run(batch)
         forward_s = time.perf_counter() - started
     graphq.sweep.Executor = Counting  # type: ignore[misc]
-    stores, init = [], graphq.sweep._Store.__init__
-    graphq.sweep._Store.__init__ = lambda self, *args: (init(self, *args), stores.append(self))[0]  # type: ignore[method-assign]
+    stores, init = [], graphq.sweep.Store.__init__
+    graphq.sweep.Store.__init__ = lambda self, *args: (init(self, *args), stores.append(self))[0]  # type: ignore[method-assign]
     stops = [node for node in model.graph if linear.is_linear(node)]
     held, started = 0, time.perf_counter()
     for step in graphq.sweep.sweep(model, ir.clone(model), stops, data, memory_budget=int(budget_mb) << 20):

@@ -12,10 +12,10 @@ from graphq.arrays import open_npz
 from graphq.calibration import CalibrationSet, from_columns
 from graphq.errors import DataError
 from graphq.executor import BATCH as TOKEN_BATCH
-from graphq.executor import Executor
 from graphq.preprocess import Preprocess, resolve_preprocess
 from graphq.report import Accuracy
 from graphq.spec import ModelInput
+from graphq.verify import Runnable
 
 BATCH = 16
 
@@ -52,7 +52,7 @@ def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: st
     return Labelled(data, np.asarray(next(labels.stream([(0, len(data))])), np.int64))
 
 
-def compare(reference: Executor, result: Executor, labelled: Labelled) -> Accuracy:
+def compare(reference: Runnable, result: Runnable, labelled: Labelled) -> Accuracy:
     """Top-1 of both on the first output, `[samples, classes]` (or `[samples, classes, 1, 1]`).
 
     With labels of tokens it is `[samples, tokens, vocabulary]`, and perplexity is measured too: exp of the mean negative

@@ -55,7 +55,8 @@ def parse_size(text: str | int) -> int:
 
 
 MemoryBudget = Annotated[
-    int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB", help="Memory for activations, such as 512MB.")
+    int, typer.Option(metavar="SIZE", parser=parse_size, show_default="2GB",
+                      help="Memory for activations, such as 512MB; models with more weights are worked on layer by layer."),
 ]  # fmt: skip
 
 

@@ -19,13 +19,14 @@ from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
 from graphq.engines import ENGINE_SUFFIXES, EngineFacts, EngineOptions, options_of
 from graphq.errors import ModelError, RecipeError, UsageError, VerifyError
-from graphq.executor import Executor
+from graphq.executor import BATCH, Executor
 from graphq.gates import GateResult, Gates
 from graphq.pipeline import PassContext, PassRecord, Progress, no_progress, run_passes
 from graphq.preprocess import METADATA_KEY, Preprocess
 from graphq.qdq import quantized_nodes, quantized_weight_bytes
 from graphq.recipe import Recipe, load_recipe
 from graphq.report import Accuracy, CalibrationFacts, Latency, OutputComparison, Report
+from graphq.segments import Segments
 from graphq.targets import Target
 
 HELD_OUT = 8
@@ -59,7 +60,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         engine: How an engine is built, with `emit="engine"`: `graphq.EngineOptions`, or a mapping of its fields.
         report_dir: Folder for report.json.
         seed: Of everything random.
-        memory_budget: Bytes that a sweep may hold in memory.
+        memory_budget: Bytes that a sweep may hold in memory. A model with more bytes of weights than that is worked on layer by layer:
+            its new weights lie in a file beside `out` until they are written, it runs piece by piece, and its speed is not measured.
         command: The command line, for the report.
         progress: Called with what is done, steps done and steps in all.
 
@@ -84,32 +86,37 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
         _require_labels(plan, labelled)
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
-    ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
-                      memory_budget=memory_budget, progress=progress)  # fmt: skip
-    with clock("passes"):
-        records = run_passes(plan.passes, ctx, verify.verify_graph, partial(_require_parsed, target=goal))
-    with clock("verify"):
-        targets.require_legal(ctx.model, goal)
-        if emit == "onnx":
-            _require_parsed(ctx.model, goal)
-        verify.require_same_interface(original, ctx.model)
-        measured = _measure(original, ctx, plan, labelled, out_path)
-    with clock("emit"):
-        result = _report(path, original, ctx, plan, data, seed, command, records, measured, notes.of_request(data, plan, goal))
-        report.embed(ctx.model, result)
-        if data.preprocess is not None:
-            ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()
-        try:
-            gates.require_passed(result.gates)
-            with files.pending(out_path) as file:
-                built = _write(ctx, file, emit, settings, measured)
-                size = files.written_bytes(file)
-                ratio = size / result.model.bytes if emit == "onnx" or _limits_size(plan, limits) else None
-                result = replace(result, engine=built, notes=(*result.notes, *notes.of_engine(built)), gates=measured.gates(plan, ratio))
+    is_large = ir.weight_bytes(original) > memory_budget
+    with ir.spilling(out_path, is_large) as keep:
+        ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
+                          memory_budget=memory_budget, progress=progress, keep=keep)  # fmt: skip
+        with clock("passes"):
+            records = run_passes(plan.passes, ctx, verify.verify_graph, partial(_require_parsed, target=goal))
+        with clock("verify"):
+            targets.require_legal(ctx.model, goal)
+            if emit == "onnx":
+                _require_parsed(ctx.model, goal)
+            verify.require_same_interface(original, ctx.model)
+            measured = _measure(original, ctx, plan, labelled, out_path, is_large)
+        with clock("emit"):
+            result = _report(path, original, ctx, plan, data, seed, command, records, measured, notes.of_request(data, plan, goal))
+            report.embed(ctx.model, result)
+            if data.preprocess is not None:
+                ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()
+            if is_large:  # of this machine, and so not in the model
+                result = replace(result, notes=(*result.notes, *notes.of_pieces(plan, goal)))
+            try:
                 gates.require_passed(result.gates)
-        except VerifyError as error:
-            raise _refused(error, ctx.model, out_path, result, report_dir) from error
-        files.aside(out_path).unlink(missing_ok=True)  # of an earlier run
+                with files.pending(out_path) as file:
+                    built = _write(ctx, file, emit, settings, measured)
+                    size = files.written_bytes(file)
+                    ratio = size / result.model.bytes if emit == "onnx" or _limits_size(plan, limits) else None
+                    said = (*result.notes, *notes.of_engine(built))
+                    result = replace(result, engine=built, notes=said, gates=measured.gates(plan, ratio))
+                    gates.require_passed(result.gates)
+            except VerifyError as error:
+                raise _refused(error, ctx.model, out_path, result, report_dir) from error
+            files.aside(out_path).unlink(missing_ok=True)  # of an earlier run
     result = replace(result, output=report.file_facts(out_path, ctx.model, size), seconds=clock.seconds)
     if report_dir is not None:
         report.write(result, report_dir)
@@ -211,21 +218,16 @@ def _require_labels(plan: Recipe, evaluation: object) -> None:
             )  # fmt: skip
 
 
-def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path) -> Measured:
-    """Run the original and the result as the user will run them, on samples that no statistic has seen."""
-    deployed, spin = ctx.target.measures_speed, report.parameters(original) < TINY
-    names = [value.name or "" for value in original.graph.outputs]
+def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accuracy.Labelled | None, out: Path,
+             is_large: bool) -> Measured:  # fmt: skip
+    """Run the original and the result as the user will run them, on samples that no statistic has seen; large ones piece by piece."""
+    deployed = ctx.target.measures_speed
     ctx.progress("verify", 0, 3)
     try:
-        with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
-            optimized = Path(folder) / "optimized.onnx"
-            result = Executor(ctx.model, deployed=deployed, spin=spin, optimized_path=str(optimized) if deployed else None)
-            kernels = kernels_used.read_optimized(optimized, ctx.model).counts if deployed else {}
-        reference = Executor(original, deployed=deployed, spin=spin)
-        exact = Executor(ctx.model) if deployed and half.has_half(ctx.model) else result  # deployed, float16 would never overflow
-        comparison = verify.compare(reference, exact, ctx.held_out, names)
+        ran = _run_in_pieces(original, ctx) if is_large else _run(original, ctx)
     except ModelError as error:
-        list(Executor(original, deployed=deployed).stream(ctx.held_out.batches(1)))  # raises if the fault is the original's
+        alone: Executor | Segments = (Segments if is_large else Executor)(original, deployed=deployed)
+        list(alone.stream(ctx.held_out.batches(1)))  # raises if the fault is the original's
         raise _refused(
             VerifyError("The result does not run.", where=str(error), hint="this is a fault of graphq; please report it"), ctx.model, out
         ) from error
@@ -233,12 +235,45 @@ def _measure(original: ir.Model, ctx: PassContext, plan: Recipe, labelled: accur
         raise _refused(error, ctx.model, out) from error
     ctx.progress("verify", 1, 3)
     latency = None
-    if deployed:
+    if deployed and isinstance(ran.reference, Executor) and isinstance(ran.result, Executor):
         feeds = next(iter(ctx.held_out.batches(1)))
-        latency = verify.measure_latency(reference, result, feeds, enough=plan.gates.min_speedup or 0.0)
+        latency = verify.measure_latency(ran.reference, ran.result, feeds, enough=plan.gates.min_speedup or 0.0)
     ctx.progress("verify", 2, 3)
-    found = accuracy.compare(reference, result, labelled) if labelled is not None else None
-    return Measured(comparison, latency, found, kernels)
+    found = accuracy.compare(ran.reference, ran.result, labelled) if labelled is not None else None
+    return Measured(ran.comparison, latency, found, ran.kernels)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Both models after a comparison of their outputs, and the integer kernels of the result."""
+
+    reference: verify.Runnable
+    result: verify.Runnable
+    comparison: tuple[OutputComparison, ...]
+    kernels: Mapping[str, int]
+
+
+def _run(original: ir.Model, ctx: PassContext) -> _Ran:
+    deployed, spin = ctx.target.measures_speed, report.parameters(original) < TINY
+    with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        result = Executor(ctx.model, deployed=deployed, spin=spin, optimized_path=str(optimized) if deployed else None)
+        kernels = kernels_used.read_optimized(optimized, ctx.model).counts if deployed else {}
+    reference = Executor(original, deployed=deployed, spin=spin)
+    exact = Executor(ctx.model) if deployed and half.has_half(ctx.model) else result  # deployed, float16 would never overflow
+    return _Ran(reference, result, verify.compare(reference, exact, ctx.held_out, _outputs(original)), kernels)
+
+
+def _run_in_pieces(original: ir.Model, ctx: PassContext) -> _Ran:
+    deployed = ctx.target.measures_speed and not half.has_half(ctx.model)
+    reference, result = (Segments(model, deployed=deployed, memory_budget=ctx.memory_budget) for model in (original, ctx.model))
+    batches = list(ctx.held_out.batches(BATCH))
+    outputs = zip(reference.stream(batches), result.stream(batches), strict=True)
+    return _Ran(reference, result, verify.compare_outputs(outputs, _outputs(original)), result.kernels)
+
+
+def _outputs(model: ir.Model) -> list[str]:
+    return [value.name or "" for value in model.graph.outputs]
 
 
 def _refused(error: VerifyError, model: ir.Model, out: Path, result: Report | None = None,

@@ -20,10 +20,10 @@ from graphq.ir_files import HEAVY, MAX_OPSET, Keep, in_memory, load, save, spill
 from graphq.spec import ModelInput
 
 __all__ = [
-    "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute", "clone", "constant",
-    "constant_shape", "describe", "from_onnx_text", "function_from_text", "inputs", "is_float", "is_same_function", "light_proto", "load",
-    "make_node", "nodes_inside", "opset", "outline", "own_functions_aside", "producer", "reads", "save", "segment_proto", "shape_of",
-    "spilling", "subgraphs", "to_proto", "uses", "values_by_name", "weight_bytes",
+    "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute",
+    "clone", "constant", "constant_shape", "describe", "from_onnx_text", "function_from_text", "inputs", "is_constant", "is_float",
+    "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside", "producer",
+    "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name", "weight_bytes",
 ]  # fmt: skip
 
 DOMAIN = "graphq"
@@ -173,14 +173,21 @@ def producer(value: Value | None) -> Node | None:
 
 def constant(value: Value | None) -> np.ndarray | None:
     """The array of an initializer or of a Constant node's output; None if the value is not constant."""
-    if value is None or value.is_graph_input():
+    if value is None or not is_constant(value):
         return None
+    if value.const_value is not None and value.is_initializer():
+        return value.const_value.numpy()
+    return value.producer().attributes["value"].as_tensor().numpy()  # type: ignore[union-attr]
+
+
+def is_constant(value: Value | None) -> bool:
+    """Whether `constant` has an array for `value`, without reading it."""
+    if value is None or value.is_graph_input():
+        return False
     if value.is_initializer():
-        return None if value.const_value is None else value.const_value.numpy()
+        return value.const_value is not None
     node = value.producer()
-    if node is not None and node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
-        return node.attributes["value"].as_tensor().numpy()
-    return None
+    return node is not None and node.op_type == "Constant" and node.domain == "" and "value" in node.attributes
 
 
 def attribute(node: Node, name: str, default: Any = None) -> Any:

@@ -21,6 +21,9 @@ class LinearOp:
 
 LINEAR_OPS = {"Conv": LinearOp(), "ConvTranspose": LinearOp(), "Gemm": LinearOp(), "MatMul": LinearOp(bias=None)}
 
+_FINITE = "graphq.finite"
+"""Where a tensor remembers whether it is."""
+
 NEVER_QUANTIZED = frozenset({"Einsum", "GRU", "LSTM", "RNN"})
 """Operators with weights that no pass quantizes; reports name them."""
 
@@ -52,9 +55,15 @@ def linear_refusal(node: ir.Node) -> str | None:
 
 
 def _is_finite(weight: ir.Value) -> bool:
-    array = ir.constant(weight)
-    with np.errstate(invalid="ignore"):
-        return array is None or bool(np.isfinite(array.sum(dtype=np.float64)))
+    """Whether all elements are finite; found out once, since many ask."""
+    tensor = weight.const_value
+    if tensor is None:
+        return True
+    if _FINITE not in tensor.meta:
+        array = tensor.numpy()
+        with np.errstate(invalid="ignore", over="ignore"):  # the first sum is the fast one
+            tensor.meta[_FINITE] = bool(np.isfinite(array.sum()) or np.isfinite(array.sum(dtype=np.float64)))
+    return bool(tensor.meta[_FINITE])
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:

@@ -70,6 +70,7 @@ class PassContext:
         held_out: Samples that no statistic has seen.
         target: What the runtime can express and what it fuses.
         memory_budget: Bytes that a sweep may hold before it spills to disk.
+        keep: What new constants go through, such as to disk (see `ir.spilling`).
     """
 
     model: ir.Model
@@ -80,6 +81,7 @@ class PassContext:
     seed: int = 0
     memory_budget: int = 2 << 30
     progress: Progress = no_progress
+    keep: ir.Keep = lambda tensor: tensor
     edit: Editor = field(init=False)
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +89,7 @@ class PassContext:
     _stats: dict[Observer, tuple[int, Stat]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.edit = Editor(self.model)
+        self.edit = Editor(self.model, self.keep)
 
     def rebase(self) -> None:
         """Let the model as it is now be the reference; what is known of the model stays known."""

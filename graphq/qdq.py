@@ -6,6 +6,7 @@ DequantizeLinear. Numbers come from `graphq.quantizers`, so that the graph and t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,7 +110,7 @@ def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams
     quantizer = Uniform(spec)
     qparams = quantizer.fit_weight(weight) if qparams is None else qparams
     name, storage = value.name or "weight", (spec if narrow else replace(spec, bits=8)).storage
-    key = (value, spec, storage, qparams.scale.tobytes(), qparams.zero_point.tobytes())
+    key = (value, spec, storage, hashlib.sha256(qparams.scale.tobytes() + qparams.zero_point.tobytes()).digest())
     if codes is None:
         integers = edit.shared((*key, "codes"), f"{name}_quantized", lambda: quantizer.quantize(weight, qparams), storage)
     else:

@@ -147,6 +147,16 @@ class Uniform:
             np.multiply(steps, scale, out=steps)
         return out
 
+    def sums(self, x: Array, qparams: QParams) -> tuple[float, float]:
+        """Sum of squares of `x`, and of `fake_quantize(x) - x`, of which no more than a piece is ever there."""
+        power = noise = 0.0
+        for source, _, scale, zero in self._tiles(x, np.asarray(x), qparams):
+            error = self._steps(source, scale, zero)
+            np.multiply(error, scale, out=error)
+            np.subtract(error, source, out=error)
+            power, noise = (total + float(np.vdot(part, part)) for total, part in ((power, source), (noise, error)))
+        return power, noise
+
     def _steps(self, x: Array, scale: Array, zero: Array, out: Array | None = None) -> Array:
         """`clip(round(x / scale), qmin - zero, qmax - zero)` as float32, exact: adding `zero` gives the code."""
         with np.errstate(over="ignore", under="ignore"):

@@ -17,7 +17,7 @@ def decoders(value: ir.Value | None) -> list[ir.Node]:
     found, seen = list[ir.Node](), set[ir.Value]()
 
     def visit(one: ir.Value) -> bool:
-        if one in seen or ir.constant(one) is not None:
+        if one in seen or ir.is_constant(one):
             return True
         maker = ir.producer(one)
         if maker is None or not any(entry is not None for entry in maker.inputs) or any(ir.subgraphs(maker)):
@@ -33,7 +33,7 @@ def decoders(value: ir.Value | None) -> list[ir.Node]:
 
 def is_fixed(value: ir.Value | None) -> bool:
     """Whether `value` depends on constants only."""
-    return ir.constant(value) is not None or bool(decoders(value))
+    return ir.is_constant(value) or bool(decoders(value))
 
 
 def is_stored(value: ir.Value | None) -> bool:

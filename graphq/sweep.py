@@ -8,7 +8,7 @@ for all calibration samples, so that each node runs once at most, whatever the d
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from graphq.executor import BATCH, Executor, Fetch
 
 Batches = list[np.ndarray]
 """One array per calibration batch."""
+
+Session = Callable[[Sequence[Fetch], Sequence[ir.Node], Mapping[str, np.dtype]], Executor]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class SweepStep:
     node: ir.Node
     x_cur: Batches
     x_raw: Batches
-    _current: _Walk
-    _reference: _Walk
+    _current: Walk
+    _reference: Walk
     _twin: ir.Node | None
 
     @cached_property
@@ -64,18 +66,18 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
     position = {node: index for index, node in enumerate(model.graph)}
     stops = sorted(nodes, key=position.__getitem__)
     with tempfile.TemporaryDirectory(prefix="graphq-sweep-") as folder:
-        store, feeds = _Store(Path(folder), memory_budget), dict[str, Batches]()
+        store, feeds = Store(Path(folder), memory_budget), dict[str, Batches]()
         for batch in calib.batches(BATCH):
             for name, array in batch.items():
                 feeds.setdefault(name, []).append(store.put(array))
-        current, float_walk = _Walk(model, feeds, store), _Walk(reference, feeds, store)
+        current, float_walk = Walk(model, feeds, store), Walk(reference, feeds, store)
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
             x_cur, x_raw = current.advance([node.inputs[0], qdq.before_quantizer(node.inputs[0])], keep=node.inputs[1:])
             yield SweepStep(node, x_cur, x_raw, current, float_walk, namesakes.get(node.name))
 
 
-class _Store:
+class Store:
     """Keeps arrays in memory up to a budget and in memory-mapped files above it."""
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -98,11 +100,12 @@ class _Store:
                 self.held -= array.nbytes
 
 
-class _Walk:
-    """One model's side of the sweep: which nodes have run, and the live tensors."""
+class Walk:
+    """One model's side of the sweep: which nodes have run, and the live tensors. `session` opens the executor of some nodes."""
 
-    def __init__(self, model: ir.Model, feeds: dict[str, Batches], store: _Store) -> None:
-        self.graph, self.model, self.store = model.graph, model, store
+    def __init__(self, model: ir.Model, feeds: dict[str, Batches], store: Store, session: Session | None = None) -> None:
+        self.graph, self.store = model.graph, store
+        self.session = session or (lambda fetches, nodes, feeds: Executor(model, fetches, nodes=nodes, feeds=feeds))
         self.done: set[ir.Node] = set()
         self.inputs = {value: feeds[value.name or ""] for value in model.graph.inputs if value.name in feeds}
         self.live: dict[ir.Value, Batches] = dict(self.inputs)
@@ -139,7 +142,7 @@ class _Walk:
         """Values that `nodes` make, for each batch, given to `put` batch by batch, so that no more than one lies in memory."""
         feeds = {value.name or "": arrays for value, arrays in self.live.items()}
         kinds = {name: arrays[0].dtype for name, arrays in feeds.items() if arrays}
-        executor = Executor(self.model, [Fetch(value.name or "") for value in wanted], nodes=nodes, feeds=kinds)
+        executor = self.session([Fetch(value.name or "") for value in wanted], nodes, kinds)
         count = len(next(iter(feeds.values()), []))
         runs = (executor.run({name: arrays[index] for name, arrays in feeds.items()}) for index in range(count))
         results = [[put(array) for array in run] for run in runs]

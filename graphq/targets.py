@@ -159,8 +159,8 @@ def violations(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
         storage = str(typed[0].dtype).lower() if typed else None
         if storage is not None and storage not in target.storage and storage.startswith(("int", "uint", "float8", "float4")):
             yield ir.describe(node), f"{target.name} does not take {storage} in {node.op_type}"
-        zero = ir.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if target.symmetric_only and zero is not None and np.any(zero.astype(np.int64)):
+        zero = ir.constant(node.inputs[2]) if target.symmetric_only and len(node.inputs) > 2 else None
+        if zero is not None and np.any(zero.astype(np.int64)):
             yield ir.describe(node), f"{target.name} refuses zero points other than 0"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,14 +58,19 @@ class Runnable(Protocol):
 
 
 def compare(reference: Runnable, result: Runnable, data: CalibrationSet, names: Sequence[str]) -> tuple[OutputComparison, ...]:
-    """Each output of `result` against the same of `reference` over all of `data`, batch by batch.
+    """Each output of `result` against the same of `reference` over all of `data`, batch by batch; raises as `compare_outputs`."""
+    return compare_outputs(((reference.run(batch), result.run(batch)) for batch in data.batches(BATCH)), names)
+
+
+def compare_outputs(batches: Iterable[tuple[Sequence[Any], Sequence[Any]]], names: Sequence[str]) -> tuple[OutputComparison, ...]:
+    """The same from the outputs of the reference and of the result for each batch.
 
     Raises:
         VerifyError: an output is not finite where the reference is, or changed its shape.
     """
     sums = [_Sums() for _ in names]
-    for batch in data.batches(BATCH):
-        for entry, name, before, after in zip(sums, names, reference.run(batch), result.run(batch), strict=True):
+    for originals, results in batches:
+        for entry, name, before, after in zip(sums, names, originals, results, strict=True):
             for a, b in _pairs(before, after, name):
                 if a.shape != b.shape:
                     raise VerifyError(f"Output {name!r} changed its shape.", expected=str(a.shape), where=str(b.shape))

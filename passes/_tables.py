@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from graphq import ir, qdq
 from graphq.editor import Editor
 from graphq.exclude import is_excluded
@@ -33,7 +31,7 @@ def lookups(model: ir.Model, exclude: Sequence[str]) -> Iterator[ir.Node]:
         is_table = (
             table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 2
         )
-        if is_table and int(shape[0]) >= MIN_ROWS and ir.constant(node.inputs[1]) is None:  # type: ignore[index,arg-type]
+        if is_table and int(shape[0]) >= MIN_ROWS and not ir.is_constant(node.inputs[1]):  # type: ignore[index,arg-type]
             yield node
 
 
@@ -44,6 +42,6 @@ def quantize(edit: Editor, node: ir.Node, spec: QuantSpec, target: Target) -> fl
     assert table is not None
     quantizer = Uniform(spec)
     qparams = quantizer.fit_weight(table)
-    noise = float(np.sum((table - quantizer.fake_quantize(table, qparams)) ** 2, dtype=np.float64))
+    power, noise = quantizer.sums(table, qparams)
     qdq.insert_lookup(edit, node, quantizer.quantize(table, qparams), qparams, spec, after=target.integer_lookup)
-    return decibel(float(np.sum(table**2, dtype=np.float64)), noise)
+    return decibel(power, noise)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, precision, qdq
@@ -70,8 +69,7 @@ class QuantizeWeights(Pass):
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
             qparams = qdq.insert_weight(ctx.edit, node, spec, narrow=node.op_type in ctx.target.narrow_weights)
-            error = weight - Uniform(spec).fake_quantize(weight, qparams)
-            power, noise = (float(np.sum(part**2, dtype=np.float64)) for part in (weight, error))
+            power, noise = Uniform(spec).sums(weight, qparams)
             ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=spec.bits)
         for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))

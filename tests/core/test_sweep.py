@@ -189,13 +189,13 @@ def test_what_nobody_reads_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch) 
     """At most the frontier is held: here x, and in either model two values beside what the step hands over."""
     steps = "\n".join(f"[n{k}] v{k + 1} = MatMul(v{k}, w)" for k in range(30))
     model = ir.from_onnx_text(f"{HEAD}\nm (float[n, 4] x) => (float[n, 4] v30)\n<float[4, 4] w = {{{SQUARE}}}> {{ v0 = Relu(x)\n{steps} }}")
-    stores, init = [], sweep._Store.__init__
+    stores, init = [], sweep.Store.__init__
 
-    def noting(self: sweep._Store, folder: Path, budget: int) -> None:
+    def noting(self: sweep.Store, folder: Path, budget: int) -> None:
         init(self, folder, budget)
         stores.append(self)
 
-    monkeypatch.setattr(sweep._Store, "__init__", noting)
+    monkeypatch.setattr(sweep.Store, "__init__", noting)
     held = [stores[0].held for _ in walk(model, ir.clone(model), tuple(f"n{k}" for k in range(30)))]
     assert max(held) <= 4 * SAMPLES * 4 * 4 and held[-1] == held[5]
 
@@ -217,8 +217,8 @@ def test_spilling_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_batches_are_put_away_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = ir.from_onnx_text(BRANCHES), []
-    put, run = sweep._Store.put, Executor.run
-    monkeypatch.setattr(sweep._Store, "put", lambda self, array: events.append("put") or put(self, array))
+    put, run = sweep.Store.put, Executor.run
+    monkeypatch.setattr(sweep.Store, "put", lambda self, array: events.append("put") or put(self, array))
     monkeypatch.setattr(Executor, "run", lambda self, feeds: events.append("run") or run(self, feeds))
     list(walk(model, ir.clone(model), ("last",), memory_budget=0))
     ran = [index for index, event in enumerate(events) if event == "run"]
@@ -281,13 +281,13 @@ def test_a_quantized_weight_is_no_part_of_the_frontier(monkeypatch: pytest.Monke
     for node in named(model, *LINEAR):
         qdq.insert_weight(edit, node, QuantSpec(8, granularity=PerAxis(1)))
     stored = []
-    put = sweep._Store.put
+    put = sweep.Store.put
 
-    def noting(self: sweep._Store, array: np.ndarray) -> np.ndarray:
+    def noting(self: sweep.Store, array: np.ndarray) -> np.ndarray:
         stored.append(array.shape)
         return put(self, array)
 
-    monkeypatch.setattr(sweep._Store, "put", noting)
+    monkeypatch.setattr(sweep.Store, "put", noting)
     for step in walk(model, reference, LINEAR):
         np.testing.assert_array_equal(joined(step.x_cur), values(model, step.node.inputs[0]))
         np.testing.assert_array_equal(joined(step.y_cur()), values(model, step.node.outputs[0]))
