@@ -1,4 +1,6 @@
-"""2:4 sparse weights: which linear layers TensorRT's flag `SPARSE_WEIGHTS` is for. Facts from NVIDIA's documents and logs; nothing was run.
+"""2:4 sparse weights: which linear layers TensorRT's flag `SPARSE_WEIGHTS` is for.
+
+These are facts of NVIDIA's documents and of its builder's logs; none of them was found by running.
 
 - The pattern: for each output channel and each kernel position, two of every four input channels are zero (TensorRT Developer Guide,
   "Sparsity"), on GPUs of compute capability 8.0 and later, for products of half-precision or 8-bit operands.
@@ -16,9 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphq import ir, linear
-
-OUTPUTS, INPUTS = 8, 16
-"""Multiples that the output and input channels of a weight have to be."""
+from graphq.targets import Target
 
 
 def in_channels(node: ir.Node) -> int:
@@ -26,18 +26,20 @@ def in_channels(node: ir.Node) -> int:
     return ir.constant_shape(linear.weight_of(node))[linear.in_axis(node)]
 
 
-def obstacle(node: ir.Node) -> str | None:
-    """Why a linear `node` is not for kernels of 2:4 sparse weights, as it stands; None if it is eligible.
+def obstacle(node: ir.Node, target: Target) -> str | None:
+    """Why a linear `node` is not for the kernels of `target` for 2:4 sparse weights, as it stands; None if it is eligible.
 
     Kernels are picked by what is fastest where the engine is built, so an eligible layer may still run on a dense one.
     """
+    if target.sparse is None:
+        return f"{target.name} has none"
     if ir.attribute(node, "group", 1) != 1:
         return "no document says that they take grouped convolutions"
     weight = ir.constant(linear.weight_of(node))
     if weight is None:
         return "its weight is not a constant"
     outputs, inputs = weight.shape[linear.out_axis(node)], weight.shape[linear.in_axis(node)]
-    if outputs % OUTPUTS or inputs % INPUTS:
-        return f"its {outputs} outputs and {inputs} inputs are not multiples of {OUTPUTS} and {INPUTS}"
+    if outputs % target.sparse[0] or inputs % target.sparse[1]:
+        return f"its {outputs} outputs and {inputs} inputs are not multiples of {target.sparse[0]} and {target.sparse[1]}"
     groups = np.moveaxis(weight, linear.in_axis(node), -1).reshape(-1, 4)
     return None if np.count_nonzero(groups, axis=1).max(initial=0) <= 2 else "more than two of four weights are not zero"

@@ -54,6 +54,8 @@ class Target:
         takes_plugins: Whether operators of the domain `graphq` can be bound to kernels of graphq there.
         builds_engines: Whether results can be compiled to an engine file.
         engine_lacks: Names of the `EngineOptions` that its builder does not have, with the reason.
+        sparse: Multiples that the outputs and inputs of a layer have to be for its kernels of 2:4 sparse weights; None if it has
+            none (see `graphq.sparsity`).
     """
 
     name: str
@@ -75,6 +77,7 @@ class Target:
     takes_plugins: bool = False
     builds_engines: bool = False
     engine_lacks: Mapping[str, str] = field(default_factory=dict)
+    sparse: tuple[int, int] | None = None
     halves: frozenset[str] = frozenset({"fp16", "bf16"})
     integer_lookup: bool = True
     minimum_opset: int = field(default=21)
@@ -109,7 +112,8 @@ _TENSORRT = Target(
     ops=MappingProxyType(_ANCHORS), storage=frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"}),
     activation_storage=frozenset({"int8", "float8e4m3fn"}),
     narrow_weights=frozenset({"Gemm", "MatMul"}), forms=frozenset({"split-projection"}), integer_lookup=False,
-    takes_plugins=True, builds_engines=True, engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
+    takes_plugins=True, builds_engines=True, sparse=(8, 16),
+    engine_lacks=MappingProxyType({"compute_capability": "it builds for the GPU that it finds"}),
 )  # fmt: skip
 
 TARGETS: Mapping[str, Target] = MappingProxyType({

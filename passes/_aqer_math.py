@@ -68,7 +68,8 @@ def refit(
             them the steps that they are rounded to.
     """
     kept = weight != 0
-    fits = [(np.zeros(weight.shape), np.zeros(train.lack.shape)), *(ridge(train, alpha, with_bias=with_bias, kept=kept) for alpha in alphas)]
+    fits = [(np.zeros(weight.shape), np.zeros(train.lack.shape))]
+    fits += [ridge(train, alpha, with_bias=with_bias, kept=kept) for alpha in alphas]
     stored = np.split(store(np.concatenate([weight + delta for delta, _ in fits], axis=1)), len(fits), axis=1)
     errors = []
     for made, (_, shift) in zip(stored, fits, strict=True):

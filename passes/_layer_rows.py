@@ -160,12 +160,12 @@ def some(step: SweepStep, limit: int, seed: int) -> np.ndarray:
     return _gather(pick(int(ends[-1]), limit, seed), ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
 
 
-def chunks(step: SweepStep, seed: int) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
     """Rows [G, rows, D] that are picked at a stop of the sweep, up to `ROWS` at a time: whether they are held out, what they are
     before the quantizer of what the layer reads, and behind it (the same array if there is none)."""
     layer = Layer(step.node)
     ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
-    picked = pick(int(ends[-1]), max(ROWS, ROWS_PER_INPUT * layer.inputs), seed)
+    picked = pick(int(ends[-1]), max(ROWS, per_input * layer.inputs), seed)
     run = -(-int(ends[-1]) // RUNS)
     is_held = picked // run % FOLDS == FOLDS - 1
     for held in (False, True):
@@ -177,14 +177,14 @@ def chunks(step: SweepStep, seed: int) -> Iterator[tuple[bool, np.ndarray, np.nd
             yield held, raw, data
 
 
-def collect(step: SweepStep, seed: int) -> tuple[Sums, Sums]:
-    """Sums over four fifths of the rows that are picked at a stop of the sweep, and over the rest.
+def collect(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> tuple[Sums, Sums]:
+    """Sums over four fifths of the rows that are picked at a stop of the sweep, `per_input` for each of D inputs, and over the rest.
 
     R is what the layer's output lacks of what the layer makes of its input before that is quantized.
     """
     weight = Layer(step.node).weight().swapaxes(1, 2)
     sums = [Sums.none(len(weight), weight.shape[2], weight.shape[1]) for _ in range(2)]
-    for is_held, raw, data in chunks(step, seed):
+    for is_held, raw, data in chunks(step, seed, per_input):
         wanted = raw @ weight
         sums[is_held] += Sums.of(data, wanted - data @ weight, wanted)
     return sums[0], sums[1]

@@ -16,7 +16,7 @@ Score = Literal["magnitude", "wanda", "sparsegpt", "alps"]
 _BLOCK = 128  # Columns whose effect on the rest is applied at once, about.
 _SPLITS = 300  # Steps of ADMM, at most.
 _START = 0.1  # Its penalty at first, in units of the diagonal of C.
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # What the penalty grows by where more than this share of the kept weights changed.
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # What the penalty grows by where more than this share of the mask changed.
 _PATIENCE = 3  # Steps between two looks at that.
 
 _SAMPLED, _TURNS, _WORTHWHILE = 512, 20, 1e-3  # Of the search for an order: rows, about; turns at most; share that a turn has to gain.
@@ -100,7 +100,7 @@ def _alps(weight: np.ndarray, gram: np.ndarray, pattern: Pattern) -> tuple[np.nd
         sparse = np.where(mask, moved, 0.0)
         pull += penalty * (dense - sparse)
         if step % _PATIENCE == 0:
-            changed = np.count_nonzero(mask != before) / 2 / max(np.count_nonzero(mask), 1)
+            changed = float(np.mean(mask != before))
             if changed == 0:
                 break
             penalty *= next(growth for share, growth in _GROWTH if changed > share)

@@ -126,7 +126,8 @@ def greedy(weight: np.ndarray, gram: np.ndarray, grid: Grid, codes: np.ndarray) 
     rows = max(1, _TILE // inputs)
     found = codes.reshape(-1, inputs).copy()
     delta = (grid.floats(codes) - weight).reshape(-1, inputs)
-    own = Grid(*(part.reshape(-1, inputs) for part in (grid.scale, grid.zero)), grid.low, grid.high, grid.pinned.reshape(-1, inputs))
+    scale, zero, pinned = (part.reshape(-1, inputs) for part in (grid.scale, grid.zero, grid.pinned))
+    own = Grid(scale, zero, grid.low, grid.high, pinned)
     for start in range(0, len(found), rows):
         part = slice(start, start + rows)
         group = np.arange(start, min(start + rows, len(found))) // outputs

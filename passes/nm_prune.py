@@ -28,6 +28,9 @@ from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.sweep import SweepStep
 from graphq.targets import Target
 
+ROWS_PER_INPUT = 128
+"""Rows for each input of a layer: half of the weights are fitted anew, and errors are large, so more of them pay than for rounding."""
+
 ALPHAS = (0.001, 0.01, 0.1)
 """Strengths of the ridge to choose from, in units of the mean square of an input."""
 
@@ -116,7 +119,7 @@ class NmPrune(Pass):
 
     def _prune(self, step: SweepStep, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
-        train, held = _layer_rows.collect(step, ctx.seed)
+        train, held = _layer_rows.collect(step, ctx.seed, ROWS_PER_INPUT)
         sums, weight = train + held, layer.weight().astype(np.float64)
         shifts = self.refit and _bias.can_shift(node)
         channels = sparsity.in_channels(node)
@@ -127,7 +130,7 @@ class NmPrune(Pass):
         for group, gram in enumerate(damped(_gram(sums, shifts), sums.count)):
             made = math.prune(weight[group][:, order], gram[np.ix_(order, order)], pattern, self.score)
             found[group][:, order], masks[group][:, order] = made
-        numbers = {}
+        numbers = dict[str, float]()
         if self.refit:
             found, numbers["alpha"] = _refit(found, masks, weight, train, held, shifts)
         kept = found.astype(np.float32)
@@ -136,10 +139,12 @@ class NmPrune(Pass):
         if shifts:
             _bias.shift(ctx.edit, node, sums.mean_lack.reshape(-1))
             sums = sums.moved(np.zeros(weight.shape), sums.mean_lack)
-        obstacle = sparsity.obstacle(node)
-        numbers |= {"zeros": 1 - float(masks.mean()), "dense_channels": channels - whole, "eligible": obstacle is None}
-        if obstacle is not None:
-            ctx.skip(node, f"pruned, but TensorRT's sparse kernels are not for it: {obstacle}")
+        numbers |= {"zeros": 1 - float(masks.mean()), "dense_channels": channels - whole}
+        if ctx.target.sparse is not None:
+            obstacle = sparsity.obstacle(node, ctx.target)
+            numbers["eligible"] = obstacle is None
+            if obstacle is not None:
+                ctx.skip(node, f"pruned, but not for {ctx.target.name}'s sparse kernels: {obstacle}")
         ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), **numbers)
 
 

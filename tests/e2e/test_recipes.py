@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from graphq import ir, kernels_used, linear, report
+from graphq import ir, kernels_used, linear, report, stored
 from graphq.convert import convert
 from graphq.gates import Gates
 from graphq.inspect import compare_files
@@ -46,6 +46,11 @@ HALF = {"fp16": 48, "bf16": 28}
 
 FLOATS = {"fp8": ("FLOAT8E4M3FN", 0.01, 0.27), "nvfp4": ("FLOAT4E2M1", 0.08, 0.16)}
 """Recipes of small floats, which ONNX Runtime has no kernels for: type of the weights, accuracy that may be lost, share of their bytes."""
+
+SPARSE = {
+    ("digits_vit", "nm24"): 2, ("digits_cnn", "nm24"): 2, ("digits_vit", "nm24-int8"): 2, ("digits_cnn", "nm24-int8"): 2,
+}  # fmt: skip
+"""Points of accuracy that may be lost with 2:4 sparse weights."""
 
 PLUGIN = {"w4a16-plugin"}
 """Tested in tests/passes/test_lower.py and below."""
@@ -87,7 +92,8 @@ def accuracy(path: Path) -> float:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(SHARES) | {name for _, name in LOW_BIT} | set(HALF) | set(FLOATS) | PLUGIN == set(builtin_recipes())
+    by_model = {name for _, name in (*LOW_BIT, *SPARSE)}
+    assert set(SHARES) | by_model | set(HALF) | set(FLOATS) | PLUGIN == set(builtin_recipes())
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -112,6 +118,26 @@ def test_small_floats(folder: Path, model: str, name: str) -> None:
     assert kind in {str(value.dtype) for value in made if value is not None and value.is_initializer()}
     (again,), _ = compare_files(onnx_path(model), out, folder / "calib.npz")
     assert again.cosine > 0.99
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize(("model", "name"), SPARSE)
+def test_2_of_4_weights(folder: Path, model: str, name: str, target: str) -> None:
+    """Pruned layers have the pattern in the file itself, whatever their weights are stored as; the report says who is eligible."""
+    found, out = converted(folder, model, name, target)
+    assert found.accuracy is not None and 100 * (found.accuracy.reference - found.accuracy.result) <= SPARSE[model, name]
+    (record,) = [record for record in found.passes if record.name == "nm-prune"]
+    numbers = {entry.where: entry.numbers for entry in record.measurements if "zeros" in entry.numbers}
+    result = ir.load(out)
+    layers = {node.name: node for node in result.graph if node.name in numbers}
+    for node in layers.values():
+        value = linear.weight_of(node)
+        assert value is not None
+        rows = np.moveaxis(stored.decode(result, value), linear.in_axis(node), -1)
+        rows = rows[..., : rows.shape[-1] // 4 * 4]
+        assert np.count_nonzero(rows.reshape(-1, 4), axis=1).max() <= 2
+    assert len(layers) == len(numbers) >= 4
+    assert all(("eligible" in row) == (target != "onnxruntime") for row in numbers.values())
 
 
 def test_4_bit_weights_for_plugins(folder: Path) -> None:

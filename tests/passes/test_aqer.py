@@ -158,6 +158,19 @@ def test_the_alpha_is_the_one_that_serves_the_held_out_rows_best() -> None:
     np.testing.assert_array_equal(found.delta, math.ridge(many + many, found.alpha, with_bias=True)[0])
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_zeros_of_a_pruned_weight_stay(with_bias: bool) -> None:
+    """The others get the least-squares change of what may change."""
+    total = sums(0, rows=4000)[0]
+    kept = np.random.default_rng(1).random(total.cross.shape) < 0.5
+    delta, shift = math.ridge(total, 0.01, with_bias=with_bias, kept=kept)
+    assert not delta[~kept].any() and delta[kept].any() and shift.any() == with_bias
+    damping = 0.01 * np.trace((total.gram if not with_bias else np.append(total.gram[0].diagonal(), total.count)[None, None] * np.eye(
+        total.gram.shape[1] + 1))[0]) / (total.gram.shape[1] + with_bias)
+    slope = total.moved(delta, shift).cross - damping * delta
+    assert np.abs(slope[kept]).max() < 2e-3 * np.abs(total.cross).max()
+
+
 def test_a_refit_is_judged_by_what_is_stored() -> None:
     """Where storing makes all weights alike, no refit helps; where it overshoots, a stronger ridge is taken."""
     train, (held, _, _) = sums(0)[0], sums(0, rows=4000)
