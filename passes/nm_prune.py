@@ -31,7 +31,7 @@ from graphq.targets import Target
 ROWS_PER_INPUT = 128
 """Rows for each input of a layer: half of the weights are fitted anew, and errors are large, so more of them pay than for rounding."""
 
-ALPHAS = (0.001, 0.01, 0.1)
+ALPHAS = (0.001, 0.01)
 """Strengths of the ridge to choose from, in units of the mean square of an input."""
 
 
