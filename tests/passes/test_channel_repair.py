@@ -175,16 +175,16 @@ def test_channels_that_others_make_up_for_cost_nothing() -> None:
 
 
 def test_a_trained_network() -> None:
-    """A fifth of the hidden channels of each block: what is left is far better repaired, and the file is smaller."""
+    """Two fifths of the hidden channels of each block of a transformer: hardly an image gets another class."""
     proto, feeds = onnx.load(onnx_path("digits_vit")), {"input": digits.calibration(16)}
     images = digits.images("test")[0][:200]
-    wanted = outputs(proto, images, "input")
-    agreement = {}
+    wanted, lost = outputs(proto, images, "input"), {}
     for repaired in (True, False):
         model, records = passed(proto, feeds, ChannelRepair(share=0.4, repair=repaired))
-        agreement[repaired] = np.mean(outputs(model, images, "input").argmax(1) == wanted.argmax(1))
-        assert len(records[-1].measurements) >= 4
-    assert agreement[True] > agreement[False] and agreement[True] > 0.9
+        found = outputs(model, images, "input")
+        lost[repaired] = np.sum((found - wanted) ** 2)
+        assert len(records[-1].measurements) == 4 and (not repaired or np.mean(found.argmax(1) == wanted.argmax(1)) > 0.97)
+    assert lost[True] < 0.5 * lost[False]
 
 
 def test_it_goes_before_quantizers() -> None:
