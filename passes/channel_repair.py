@@ -16,9 +16,9 @@ from pydantic import Field
 from graphq import ir, linear
 from graphq.exclude import require_matches
 from graphq.noise import decibel
-from graphq.passes import _bias, _hidden, _layer_rows
+from graphq.passes import _bias, _channels, _layer_rows
 from graphq.passes import _channel_repair_math as math
-from graphq.passes._hidden import Hidden
+from graphq.passes._channels import NORMALIZATIONS, Region
 from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import damped
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -51,27 +51,44 @@ class ChannelRepair(Pass):
         require_matches(model, self.exclude)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        pairs = dict[ir.Node, Hidden]()
+        pairs = dict[ir.Node, Region]()
         for node in _layer_rows.candidates(model):
-            found = _hidden.find(model, node, self.exclude)
+            found = self._region(model, node)
             if isinstance(found, str):
                 ctx.skip(node, found)
-            elif self._kept(found.count) >= found.count:
-                ctx.skip(node, f"{self.share:g} of its {found.count} channels is too few to leave a smaller multiple of {self.multiple}")
+            elif self._kept(found.width) >= found.width:
+                ctx.skip(node, f"{self.share:g} of its {found.width} channels is too few to leave a smaller multiple of {self.multiple}")
             else:
                 pairs[node] = found
         kept = {step.node: self._repair(step, pairs[step.node], ctx) for step in ctx.sweep(list(pairs), self.samples or None)}
         for node, hidden in pairs.items():  # afterwards: the sweep holds activations of all channels
-            _hidden.cut(ctx.edit, hidden, kept[node])
+            hidden.reorder(ctx.edit, kept[node])
         ctx.edit.prune()
+
+    def _region(self, model: ir.Model, node: ir.Node) -> Region | str:
+        """The channels that `node` reads, and nobody else; or why they are not hidden between layers that may be changed."""
+        reason = _layer_rows.refusal(model, node, self.exclude)
+        if reason is not None:
+            return reason
+        if ir.attribute(node, "group", 1) != 1 or ir.attribute(node, "transA", 0):
+            return "its channels lie in groups, or along another axis"
+        found = _channels.region(node)
+        if isinstance(found, str):
+            return found
+        for maker in found.makers:
+            if reason := _layer_rows.refusal(model, maker, self.exclude):
+                return f"{ir.describe(maker)} makes what it reads: {reason}"
+        others = [other for other in found.readers if other is not node]
+        others += [other for other, _ in found.constants if other.op_type in NORMALIZATIONS]
+        return f"{ir.describe(others[0])} reads the same channels" if others else found
 
     def _kept(self, count: int) -> int:
         """How many of `count` channels stay."""
         return max(1, round((1 - self.share) * count / self.multiple)) * self.multiple
 
-    def _repair(self, step: SweepStep, hidden: Hidden, ctx: PassContext) -> np.ndarray:
+    def _repair(self, step: SweepStep, hidden: Region, ctx: PassContext) -> np.ndarray:
         """Give the channels that go the weight 0; returns those that stay."""
-        node, layer, count = step.node, Layer(step.node), hidden.count
+        node, layer, count = step.node, Layer(step.node), hidden.width
         train, held = _layer_rows.collect(step, ctx.seed)
         sums, weight = train + held, layer.weight()[0].astype(np.float64)
         shifts = self.repair and _bias.can_shift(node)
