@@ -74,8 +74,9 @@ class Editor:
         """Give `node` a new constant as input `index`; a constant that others read too stays as it is for them."""
         old = node.inputs[index]
         assert old is not None and old.const_value is not None, "set_weight needs an initializer"
-        if array.shape == tuple(old.const_value.shape) and len(old.uses()) == 1 and not old.is_graph_output():
+        if len(old.uses()) == 1 and not old.is_graph_output():
             old.const_value = self.keep(make_tensor(array, str(old.const_value.dtype.numpy()), old.name or ""))
+            old.shape = ir.Shape(array.shape)
             self.edits["weight"] += 1
             return old
         new = self.initializer(old.name or "weight", array, str(old.const_value.dtype.numpy()), node.graph)  # type: ignore[arg-type]

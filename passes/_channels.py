@@ -1,4 +1,4 @@
-"""Channels in another order: all that makes them, passes them on or reads them is reordered alike, so that nothing changes.
+"""Channels in another order, or fewer of them: all that makes them, passes them on or reads them is changed alike.
 
 A region grows from one value over every node that reads or makes it, until linear layers end it on all sides. What mixes channels,
 or does not tell which is which (a Reshape, a Concat along them), makes it impossible.
@@ -18,7 +18,7 @@ _ELEMENTWISE = frozenset({
     "Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Max", "Min",
     "Mish", "Mul", "Neg", "PRelu", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh",
 })  # fmt: skip
-_NORMALIZATIONS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+NORMALIZATIONS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 """Over the last axis, with a gain (and a bias) for each channel."""
 _POOLS = frozenset({"AveragePool", "BatchNormalization", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 """Each channel of axis 1 by itself."""
@@ -46,7 +46,7 @@ class Region:
     constants: dict[tuple[ir.Node, int], int] = field(default_factory=dict)
 
     def reorder(self, edit: Editor, order: np.ndarray) -> None:
-        """Let channel `order[i]`, int [width], come i-th everywhere."""
+        """Let channel `order[i]` come i-th everywhere; those that are not in `order`, int, are gone."""
         slots = dict(self.constants)
         for node in self.makers:
             op, bias = linear.LINEAR_OPS[node.op_type], ir.constant(linear.bias_of(node))
@@ -54,13 +54,16 @@ class Region:
             if op.bias is not None and bias is not None and bias.ndim and bias.shape[-1] == self.width:
                 slots[node, op.bias] = bias.ndim - 1
             if BATCH_NORM in node.meta:
-                node.meta[BATCH_NORM] = {name: _taken(part, order) for name, part in node.meta[BATCH_NORM].items()}
+                node.meta[BATCH_NORM] = {name: part[order] if np.ndim(part) else part for name, part in node.meta[BATCH_NORM].items()}
         for (node, index), axis in slots.items():
             _take(edit, node, index, axis, order)
         for node in self.readers:
             _take(edit, node, linear.LINEAR_OPS[node.op_type].weight, linear.in_axis(node), order)
-        for value in self.values:
-            edit.now_makes(value, "reordered")
+        for node in {node for node, _ in self.constants if node.op_type == "Conv" and len(order) < self.width}:
+            edit.set_attribute(node, "group", len(order))
+        for value, axis in self.values.items():
+            edit.now_makes(value, "reordered" if len(order) == self.width else "kept")
+            value.shape = ir.Shape([*_shape(value)[:axis], len(order), *_shape(value)[axis + 1 :]])
 
 
 def region(layer: ir.Node) -> Region | str:
@@ -127,7 +130,7 @@ def _along(found: Region, node: ir.Node, value: ir.Value, axis: int) -> list[tup
         rows = [row for index in range(len(node.inputs)) for row in _operand(found, node, index, behind)]
         return [*rows, (out, axis)]
     is_last = ir.attribute(node, "axis", -1) % _rank(out) == _rank(out) - 1 and behind == 1
-    if (node.op_type in _NORMALIZATIONS and is_last) or (images and (node.op_type in _POOLS or _is_depthwise(node))):
+    if (node.op_type in NORMALIZATIONS and is_last) or (images and (node.op_type in _POOLS or _is_depthwise(node))):
         for index, entry in enumerate(node.inputs[1:], start=1):
             array = ir.constant(entry)
             if entry is not None and (array is None or not array.ndim or array.shape[0] != found.width):
@@ -135,7 +138,17 @@ def _along(found: Region, node: ir.Node, value: ir.Value, axis: int) -> list[tup
             if entry is not None:
                 found.constants[node, index] = 0
         return [(_input(node), axis), (out, axis)]
+    if images and _pools(node):
+        return [(_input(node), axis), (out, axis)]
     raise _Mixed(f"{ir.describe(node)} does not keep them apart")
+
+
+def _pools(node: ir.Node) -> bool:
+    """Whether it takes away the axes behind axis 1, which hold one number a channel, or their mean."""
+    if node.op_type == "Flatten":
+        return bool(ir.attribute(node, "axis", 1) == 1 and all(size == 1 for size in _shape(_input(node))[2:]))
+    axes = ir.constant(node.inputs[1]) if node.op_type == "ReduceMean" and len(node.inputs) > 1 else None
+    return axes is not None and all(int(axis) % _rank(_input(node)) >= 2 for axis in axes)
 
 
 def _operand(found: Region, node: ir.Node, index: int, behind: int) -> list[tuple[ir.Value, int]]:
@@ -179,7 +192,3 @@ def _take(edit: Editor, node: ir.Node, index: int, axis: int, order: np.ndarray)
     array = ir.constant(node.inputs[index])
     assert array is not None
     edit.set_weight(node, index, np.ascontiguousarray(np.take(array, order, axis)))
-
-
-def _taken(part: object, order: np.ndarray) -> object:
-    return part[order] if isinstance(part, np.ndarray) and part.shape == order.shape else part

@@ -31,15 +31,16 @@ class BiasCorrect(Pass):
     samples: Annotated[int, Field(ge=0)] = 32
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        nodes = []
+        nodes, namesakes = [], {node.name: node for node in ctx.reference.graph}
         for node in model.graph:
             if node.domain != "" or node.op_type not in linear.LINEAR_OPS or not _is_quantized(node):
                 continue
             if not _bias.can_shift(node):
                 ctx.skip(node, "it has no constant bias of its own to correct")
+            elif not _is_alike(node, namesakes.get(node.name)):
+                ctx.skip(node, "the original model has no such layer, or one of other channels")
             else:
                 nodes.append(node)
-        namesakes = {node.name: node for node in ctx.reference.graph}
         for step in ctx.sweep(nodes, self.samples or None):
             axis = linear.channel_axis(step.node)
             shift = channel_mean(step.y_cur(), axis) - channel_mean(step.y_ref, axis)
@@ -53,6 +54,15 @@ def channel_mean(batches: Batches, axis: int) -> np.ndarray:
     total = sum(np.moveaxis(batch, axis, -1).reshape(-1, batch.shape[axis]).sum(0, dtype=np.float64) for batch in batches)
     count = sum(batch.size // batch.shape[axis] for batch in batches if batch.size)
     return np.asarray(total / max(count, 1), np.float64)
+
+
+def _is_alike(node: ir.Node, twin: ir.Node | None) -> bool:
+    """Whether `twin` of the reference makes as many channels, as far as that is known."""
+    if twin is None:
+        return False
+    shapes = [ir.shape_of(one.outputs[0]) for one in (node, twin)]
+    sizes = {shape[linear.channel_axis(node)] for shape in shapes if shape}
+    return len(sizes) < 2
 
 
 def _is_quantized(node: ir.Node) -> bool:
