@@ -20,7 +20,11 @@ from graphq.quantizers import MIN_SCALE
 LOOKUP = """LookupWeight (codes, first, points, scale) => (weight) {
   one = Constant<value = float {1.0}> ()
   numbers = DequantizeLinear (codes, one)
-  places = Sub (numbers, first)
+  whole = Ceil (numbers)
+  none = Constant<value = int8 {0}> ()
+  narrow = QuantizeLinear (whole, one, none)
+  exact = Cast<to = 1> (narrow)
+  places = Sub (exact, first)
   index = Cast<to = 6> (places)
   units = Gather (points, index)
   counts = Shape<end = 2> (scale)
@@ -31,7 +35,8 @@ LOOKUP = """LookupWeight (codes, first, points, scale) => (weight) {
   weight = Flatten<axis = 1> (scaled)
 }"""
 """codes: signed integers [O, K / p], of which `first` is the lowest; points: [L, p]; scale: [O, K / g, 1]; weight: [O, K]. TensorRT reads
-4-bit constants only through a DequantizeLinear without a zero point."""
+4-bit constants only through a DequantizeLinear without a zero point. ONNX Runtime never evaluates a lone DequantizeLinear at load, but one
+with an operator and a QuantizeLinear behind it: hence Ceil, of whole numbers."""
 
 _STORAGE = {2: "int2", 4: "int4", 8: "int8"}
 _TILE = 1 << 16  # Weights whose distances to all points are computed at once.

@@ -60,9 +60,9 @@ def test_so_it_does_of_what_round_stores(case: str, symmetric: bool) -> None:
     assert found.counts == {"MatMulNBits": 1} and not found.floating
 
 
-def test_a_layer_of_codes_from_a_table_is_multiplied_in_floats() -> None:
+def test_codes_of_a_table_are_decoded_at_load_and_multiplied_as_floats() -> None:
     found = kernels(stored(LAYERS["MatMul"], QuantizeWeights(format="nf4", group_size=32)))
-    assert not found.counts and [kernel.op_type for kernel in found.floating] == ["MatMul"]
+    assert not found.counts and not found.conversions and [kernel.op_type for kernel in found.floating] == ["MatMul"]
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])

