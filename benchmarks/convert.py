@@ -30,6 +30,7 @@ class Tool:
     env: str | None  # requirements peers/<env>.txt, environment .envs/<env>; None: the interpreter that runs peers.py
     load: Callable[[], Convert]
     about: str
+    bits: int = 8
 
 
 def _batches(path: str, size: int = 8) -> Iterator[dict[str, Any]]:
@@ -127,15 +128,15 @@ def load_onnxsim() -> Convert:
     return convert
 
 
-def load_modelopt() -> Convert:
+def load_modelopt(mode: str = "int8", method: str = "max") -> Convert:
     from modelopt.onnx.quantization import quantize  # type: ignore[import-not-found, unused-ignore]
 
     def convert(model: str, out: str, calib: str) -> str:
         quantize(
             model,
-            quantize_mode="int8",
+            quantize_mode=mode,
             calibration_data=next(_batches(calib, sys.maxsize)),
-            calibration_method="max",
+            calibration_method=method,
             calibration_eps=["cpu"],
             high_precision_dtype="fp32",
             output_path=out,
@@ -155,6 +156,9 @@ TOOLS = {
     "nncf-transformer": Tool("nncf", functools.partial(load_nncf, True), "nncf.quantize, model_type=TRANSFORMER"),
     "onnxsim": Tool("onnxsim", load_onnxsim, "onnxsim.quantize_static, min-max"),
     "modelopt": Tool("modelopt", load_modelopt, "modelopt.onnx quantize: int8, max, CPU, the rest fp32"),
+    "modelopt-int4": Tool(
+        "modelopt", functools.partial(load_modelopt, "int4", "awq_clip"), "modelopt.onnx quantize: int4, awq_clip, groups of 128", 4
+    ),
 }
 
 

@@ -205,7 +205,8 @@ def names(known: list[str]) -> Callable[[str], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=names(list(MODELS)), default=list(MODELS), help=",".join(MODELS))
-    parser.add_argument("--tools", type=names(list(TOOLS)), default=list(TOOLS), help=",".join(TOOLS))
+    parser.add_argument("--tools", type=names(list(TOOLS)), default=[tool for tool in TOOLS if TOOLS[tool].bits == 8],
+                        help=",".join(TOOLS))  # fmt: skip
     parser.add_argument("--calib-count", type=int, default=128, help="images or sentences to calibrate with")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of peers.csv and peers.md")
     options = parser.parse_args()

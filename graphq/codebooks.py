@@ -9,16 +9,22 @@ Letters: a weight as rows [O, K] (outputs, inputs), L points of p numbers, group
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from graphq import functions, ir, linear
 from graphq.editor import Editor
+from graphq.quantizers import MIN_SCALE
 
 LOOKUP = """LookupWeight (codes, first, points, scale) => (weight) {
   one = Constant<value = float {1.0}> ()
   numbers = DequantizeLinear (codes, one)
-  places = Sub (numbers, first)
+  whole = Ceil (numbers)
+  none = Constant<value = int8 {0}> ()
+  narrow = QuantizeLinear (whole, one, none)
+  exact = Cast<to = 1> (narrow)
+  places = Sub (exact, first)
   index = Cast<to = 6> (places)
   units = Gather (points, index)
   counts = Shape<end = 2> (scale)
@@ -29,7 +35,8 @@ LOOKUP = """LookupWeight (codes, first, points, scale) => (weight) {
   weight = Flatten<axis = 1> (scaled)
 }"""
 """codes: signed integers [O, K / p], of which `first` is the lowest; points: [L, p]; scale: [O, K / g, 1]; weight: [O, K]. TensorRT reads
-4-bit constants only through a DequantizeLinear without a zero point."""
+4-bit constants only through a DequantizeLinear without a zero point. ONNX Runtime never evaluates a lone DequantizeLinear at load, but one
+with an operator and a QuantizeLinear behind it: hence Ceil, of whole numbers."""
 
 _STORAGE = {2: "int2", 4: "int4", 8: "int8"}
 _TILE = 1 << 16  # Weights whose distances to all points are computed at once.
@@ -76,6 +83,27 @@ class Codebook:
     def dequantize(self, places: np.ndarray) -> np.ndarray:
         """Units, float32 [..., K], of `places` [..., K / p]."""
         return self.points[places].reshape(*places.shape[:-1], -1)
+
+
+def nf4() -> Codebook:
+    """NormalFloat: 16 quantiles of a normal distribution, from -1 to 1, with 0 among them (QLoRA, arXiv 2305.14314)."""
+    outermost = 1 - (1 / 32 + 1 / 30) / 2  # the paper's mean of the outermost quantiles of 16 and 15 levels
+    below, above = (np.linspace(0.5, outermost, count)[1:] for count in (8, 9))
+    quantiles = [NormalDist().inv_cdf(float(share)) for share in (*(1 - below), 0.5, *above)]
+    return Codebook(np.sort(np.float32(quantiles) / np.float32(max(quantiles)))[:, None])
+
+
+def fp4() -> Codebook:
+    """The 15 values of a 4-bit float E2M1, from -6 to 6 (arXiv 2310.10537)."""
+    half = [0.5, 1, 1.5, 2, 3, 4, 6]
+    return Codebook(np.float32([*(-value for value in half[::-1]), 0, *half])[:, None])
+
+
+def widest(rows: np.ndarray, book: Codebook, group_size: int) -> np.ndarray:
+    """Scales [O, K / g] with which the largest magnitude of each group of float32 `rows` [O, K] is that of the outermost point."""
+    largest = np.abs(rows.reshape(len(rows), -1, group_size)).max(2)
+    scale = largest / np.abs(book.points).max()
+    return np.where(scale >= MIN_SCALE, scale, np.float32(1)).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ class Target:
         ops: Rule by operator type; operators without a row stay float.
         fused_activations: Operators that disappear into the integer kernel before them.
         moves_codes: Operators that only move elements, of 8-bit integers as well as of floats.
-        forms: Forms of float operators that it runs faster than what exporters write; see the pass `tune`.
+        forms: Forms of float operators that it runs faster than what exporters write; see the passes `tune` and `round`.
         storage: Element types that its DequantizeLinear takes.
         activation_storage: Those of them that activations may have; narrower codes are stored in 8 bits, clipped.
         narrow_weights: Operator types whose weights may be stored in fewer than 8 bits.
@@ -123,7 +123,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
         activation=replace(_INT8, signed=False, symmetric=False), weight=_INT8_WEIGHT, bias_int32=True, symmetric_only=False,
         opset=26, ir_version=13, ops=MappingProxyType(_ORT_OPS), fused_activations=frozenset({"Relu", "Clip"}),
         moves_codes=frozenset({*_SHAPE_ONLY, "SpaceToDepth"}),
-        forms=frozenset({"sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection", "attention-bias"}),
+        forms=frozenset({
+            "sum-before-norm", "block-convolution", "pooled-mean", "floored-mask", "split-projection", "attention-bias", "upright-gemm",
+        }),
         storage=frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16", "int32"}), measures_speed=True,
         halves=frozenset({"fp16"}),
     ),

@@ -13,7 +13,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from graphq import functions, ir, linear, precision, qdq
+from graphq import codebooks, functions, ir, linear, precision, qdq
+from graphq.codebooks import Codebook, Coded
 from graphq.errors import TargetError
 from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.noise import decibel
@@ -22,7 +23,6 @@ from graphq.passes import _outliers_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
-from graphq.quantizers import QParams
 from graphq.spec import PerAxis, PerGroup, QuantSpec
 from graphq.targets import Target
 
@@ -33,7 +33,9 @@ PATCH = """PatchedWeight (weight, steps, missing) => (patched) {
   wide = Cast<to = 7> (steps)
   places = CumSum (wide, axis)
   values = Cast<to = 1> (missing)
-  sum = ScatterElements<axis = 0, reduction = "add"> (flat, places, values)
+  nothing = Sub (flat, flat)
+  sparse = ScatterElements<axis = 0> (nothing, places, values)
+  sum = Add (flat, sparse)
   shape = Shape (weight)
   patched = Reshape (sum, shape)
 }"""
@@ -93,18 +95,14 @@ class Outliers(Pass):
     def _store(self, ctx: PassContext, node: ir.Node, spec: QuantSpec) -> None:
         layer, index = Layer(node), linear.LINEAR_OPS[node.op_type].weight
         weight = layer.weight()
-        is_grouped = isinstance(spec.granularity, PerGroup)
-        how = replace(spec, granularity=PerGroup(1, self.group_size) if is_grouped else PerAxis(0))
-        found = math.split(weight.reshape(-1, weight.shape[2]), how, self.sigmas, self.most)
-        qparams = found.qparams
-        if is_grouped:
-            qparams = QParams(layer.stored(qparams.scale[None]), layer.stored(qparams.zero_point[None]))
-        codes, missing = (layer.stored(part.reshape(weight.shape)) for part in (found.codes, found.missing))
-        qdq.insert_weight(ctx.edit, node, spec, qparams, codes, narrow=node.op_type in ctx.target.narrow_weights)
-        steps, values = math.steps(missing)
+        rows = weight.reshape(-1, weight.shape[2])
+        how = replace(spec, granularity=PerGroup(1, self.group_size) if isinstance(spec.granularity, PerGroup) else PerAxis(0))
+        found = math.split(rows, how, self.sigmas, self.most)
+        book = Codebook(np.arange(spec.qmin, spec.qmax + 1, dtype=np.float32)[:, None])
+        coded = Coded(book, found.codes.astype(np.int64) - spec.qmin, found.qparams.scale.reshape(len(rows), -1))
+        steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))
+        coarse = codebooks.insert(ctx.edit, node, coded)
         if len(steps):
-            coarse = node.inputs[index]
-            assert coarse is not None
             operands = [coarse, ctx.edit.initializer(f"{coarse.name}_steps", steps), ctx.edit.initializer(f"{coarse.name}_missing", values)]
             patched = functions.call(ctx.edit, PATCH, node, operands, output=f"{coarse.name}_patched", like=coarse, after=False)
             ctx.edit.rewire(node, index, patched)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, precision, qdq
+from graphq import codebooks, ir, linear, precision, qdq
 from graphq.errors import TargetError
 from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
@@ -26,8 +27,10 @@ class QuantizeWeights(Pass):
     """Stores the weights of linear layers as integers with one DequantizeLinear each.
 
     Attributes:
-        bits: Width of a weight.
+        bits: Width of an integer weight; 3 bits are stored in 4.
         group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel.
+        format: Integers, or codes of a table of 16 numbers: NormalFloat (QLoRA, arXiv 2305.14314) or the 4-bit float E2M1. Those are
+            decoded when a session loads, which multiplies floats then.
         fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped; 0 leaves them float.
         tables: Whether to store large embedding tables with 8 bits.
         op_types: Operator types to take.
@@ -36,8 +39,9 @@ class QuantizeWeights(Pass):
 
     name: ClassVar[str] = "quantize-weights"
 
-    bits: Literal[2, 4, 8] = 8
+    bits: Literal[2, 3, 4, 8] = 8
     group_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    format: Literal["integer", "nf4", "fp4"] = "integer"
     fallback_bits: Literal[0, 8] = 0
     tables: bool = True
     op_types: tuple[str, ...] = tuple(linear.LINEAR_OPS)
@@ -45,7 +49,7 @@ class QuantizeWeights(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        if (storage := _spec(self.bits).storage) not in target.storage:
+        if (storage := self._wanted.storage) not in target.storage:
             raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
                               expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
         reasons = [self._format(node) for node in self._nodes(model)]
@@ -55,25 +59,44 @@ class QuantizeWeights(Pass):
             raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(max(_spec(self.bits).opset, GROUP_OPSET if self.group_size else 0))
+        ctx.edit.raise_opset(max(self._wanted.opset, GROUP_OPSET if self.group_size else 0))
         for node in [node for node in ir.all_nodes(model) if not node.domain]:
             if node.op_type in linear.NEVER_QUANTIZED:
                 ctx.skip(node, f"{node.op_type} is not quantized by any pass")
             elif node.op_type in self.op_types and node.graph is not model.graph:
                 ctx.skip(node, "it lies in a subgraph")
+        if self.format == "integer" and "upright-gemm" in ctx.target.forms:
+            _weight_formats.turn(ctx.edit, [node for node in self._nodes(model) if isinstance(self._format(node), QuantSpec)])
         for node in self._nodes(model):
             spec = self._format(node)
             if isinstance(spec, str):
                 ctx.skip(node, spec)
                 continue
+            if spec.bits == self._wanted.bits and self.format != "integer":
+                ctx.measure(node.name or "", weight_sqnr_db=self._store_codes(ctx, node), bits=spec.bits)
+                continue
             weight = ir.constant(linear.weight_of(node))
             assert weight is not None
             qparams = qdq.insert_weight(ctx.edit, node, spec, narrow=node.op_type in ctx.target.narrow_weights)
-            power, noise = Uniform(spec).sums(weight, qparams)
-            ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=spec.bits)
+            ctx.measure(node.name or "", weight_sqnr_db=decibel(*Uniform(spec).sums(weight, qparams)), bits=spec.bits)
         for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
         ctx.edit.prune()
+
+    @property
+    def _wanted(self) -> QuantSpec:
+        return _spec(self.bits if self.format == "integer" else 4)
+
+    def _store_codes(self, ctx: PassContext, node: ir.Node) -> float:
+        """Store the weight of `node` as codes of the table that the format says; returns its SQNR in dB."""
+        weight = ir.constant(linear.weight_of(node))
+        assert weight is not None
+        rows = np.moveaxis(weight, linear.out_axis(node), 0).reshape(weight.shape[linear.out_axis(node)], -1)
+        book = codebooks.nf4() if self.format == "nf4" else codebooks.fp4()
+        coded = codebooks.encode(rows, book, codebooks.widest(rows, book, self.group_size or rows.shape[1]))
+        codebooks.insert(ctx.edit, node, coded)
+        power, noise = (float(np.sum(np.square(part), dtype=np.float64)) for part in (rows, rows - coded.decode()))
+        return decibel(power, noise)
 
     def _nodes(self, model: ir.Model) -> list[ir.Node]:
         return [node for node in model.graph if not node.domain and node.op_type in self.op_types and node.op_type in linear.LINEAR_OPS]
@@ -88,7 +111,7 @@ class QuantizeWeights(Pass):
             return "a float weight was asked for it"
         obstacle = _weight_formats.not_grouped(node, self.group_size)
         if obstacle is None:
-            return qdq.spec_for_weight(node, _spec(self.bits), self.group_size or None)
+            return qdq.spec_for_weight(node, self._wanted, self.group_size or None)
         return qdq.spec_for_weight(node, _spec(self.fallback_bits)) if self.fallback_bits else obstacle
 
 

@@ -17,7 +17,7 @@ from graphq.errors import TargetError
 from graphq.exclude import require_matches
 from graphq.noise import decibel
 from graphq.passes import _aqer_math as aqer
-from graphq.passes import _bias, _layer_rows
+from graphq.passes import _bias, _layer_rows, _weight_formats
 from graphq.passes import _round_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import Rounded
@@ -73,6 +73,9 @@ class Round(Pass):
                 self._spec(bits, target)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        if "upright-gemm" in ctx.target.forms:
+            nodes = _layer_rows.candidates(model)
+            _weight_formats.turn(ctx.edit, [node for node in nodes if isinstance(self._format(model, node, ctx.target), QuantSpec)])
         formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
         opsets = [spec.opset for spec in formats if isinstance(spec, QuantSpec)]
         if opsets:
