@@ -78,6 +78,7 @@ ROWS: list[tuple[str, str, str, str]] = [  # (model, bits, what, recipe)
         )
         if weight == 4 or what.startswith(("rounding", "+ one", "+ greedy", "recipe"))
     ],
+    (VIT, "W4A4", "recipe w4a4-svdquant", recipe_text("w4a4-svdquant")),
     (VIT, "W6A6", "rounding to nearest, min-max", transformer(6, 6, **STATIC, ranges="min-max", **RTN)),
     (VIT, "W6A6", "recipe w6a6-vit", recipe_text("w6a6-vit")),
     (VIT, "W8A8", "recipe w8a8-vit", recipe_text("w8a8-vit")),

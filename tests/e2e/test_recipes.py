@@ -32,6 +32,7 @@ LOW_BIT = {
     ("digits_vit", "w8a8-vit"): (1, 0.27),
     ("digits_vit", "w6a6-vit"): (2, 0.27),
     ("digits_vit", "w4a4-vit"): (15, 0.16),
+    ("digits_vit", "w4a4-svdquant"): (12, 0.20),
     ("digits_vit", "w3a4-vit"): (25, 0.17),
     ("digits_vit", "w4a8"): (2, 0.16),
     ("digits_cnn", "w4a8"): (2, 0.16),
