@@ -89,7 +89,8 @@ def _judge_samples(scores: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
 def _judge_tokens(logits: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
     """How many of `labels` (samples, tokens) have the largest logit, and the sum of their negative log-likelihoods in nats."""
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise DataError("The labels do not fit the model's first output.", where=f"labels {list(labels.shape)}, output {list(logits.shape)}",
+        shapes = f"labels {list(labels.shape)}, output {list(logits.shape)}"
+        raise DataError("The labels do not fit the model's first output.", where=shapes,
                         expected="logits [samples, tokens, vocabulary] for labels [samples, tokens]")  # fmt: skip
     _check_classes(labels, logits.shape[2], ignore_negative=True)
     hits, loss = 0, 0.0

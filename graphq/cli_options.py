@@ -33,7 +33,7 @@ ARRAYS = "an .npz with one array per model input, an .npy, or a folder of images
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
 Calib = Annotated[Path | None, typer.Option(help=f"Calibration inputs: {ARRAYS}.")]
 Preprocess = Annotated[str | None, typer.Option(help="How uint8 images become inputs: imagenet, inception, unit, none, or a YAML file.")]
-Evaluate = Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`: measure accuracy (and perplexity) before and after.")]
+Evaluate = Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`: measure accuracy before and after.")]
 TargetName = Annotated[str, _one_of("target", TARGET_NAMES, "The runtime to write for.")]
 EmitKind = Annotated[str, _one_of("kind of result", EMIT_KINDS, "Write an ONNX model, or a TensorRT engine.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]

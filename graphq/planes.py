@@ -5,6 +5,9 @@ weights as uint2 (opset 25). With b bits only the leading b bits of a code are r
 mean: `w = (q - q mod 2^(8-b) + (2^(8-b) - 1) / 2 - zero_point) * scale`. How many bits are read is one number, the initializer
 `graphq_bits`; a file with planes left out is smaller and reads what is left (`select`).
 
+Runtimes fold the planes into floats when a session is made, and the number with them: to choose a width is to change the model
+before it is loaded, which `select_bits` does. `SessionOptions.add_initializer` is too late for it: ONNX Runtime 1.31 folds first.
+
 After MultiQuant, arXiv 2305.08117, whose branches of 2 bits are trained; these are digits of one quantizer, and nothing is trained.
 """
 
@@ -40,8 +43,9 @@ def split(codes: np.ndarray) -> list[np.ndarray]:
 
 def nested(codes: np.ndarray, bits: int) -> np.ndarray:
     """What uint8 `codes` stand for when their leading `bits` are read, in steps of the 8-bit code; float32 of their shape."""
-    span = 1 << (8 - bits)
-    return (codes // np.uint8(span)).astype(np.float32) * np.float32(span) + np.float32((span - 1) / 2) if bits < 8 else codes.astype(np.float32)
+    dropped = 8 - bits
+    first = codes >> np.uint8(dropped) << np.uint8(dropped)
+    return first.astype(np.float32) + np.float32(((1 << dropped) - 1) / 2)
 
 
 def insert(edit: Editor, anchor: ir.Node, name: str, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray,
@@ -55,8 +59,8 @@ def insert(edit: Editor, anchor: ir.Node, name: str, codes: np.ndarray, scale: n
     """
     values = [edit.initializer(f"{name}_plane_{PLANES - 1 - index}", plane, "uint2") for index, plane in enumerate(split(codes))]
     values += [edit.initializer(f"{name}_scale", scale), edit.initializer(f"{name}_zero_point", zero_point, "uint8")]
-    bits = edit.model.graph.initializers.get(BITS) or edit.initializer(BITS, np.float32(8))
-    result = _call(edit, anchor, [*values, bits], name, like)
+    bits = edit.model.graph.initializers.get(BITS) or edit.initializer(BITS, np.asarray(8, np.float32))
+    result = _call(edit, anchor, [*values, bits], f"{name}_decoded", like)
     shape = ir.constant_shape(like)
     if codes.shape == shape:
         return result
@@ -66,7 +70,7 @@ def insert(edit: Editor, anchor: ir.Node, name: str, codes: np.ndarray, scale: n
 
 
 def _call(edit: Editor, anchor: ir.Node, values: Sequence[ir.Value | None], name: str, like: ir.Value) -> ir.Value:
-    return functions.call(edit, _body(len(values) - 3), anchor, values, output=f"{name}_decoded", like=like, after=False)
+    return functions.call(edit, _body(len(values) - 3), anchor, values, output=name, like=like, after=False)
 
 
 def _body(count: int) -> str:
@@ -85,7 +89,8 @@ def _body(count: int) -> str:
         "others = Sub (span, one)", "half = Div (others, two)", "middle = Add (first, half)",
         "zero = Cast <to = 1> (zero_point)", "steps = Sub (middle, zero)", "weight = Mul (steps, scale)",
     ]  # fmt: skip
-    return f"{_OPERATOR}{count} ({', '.join([*planes, 'scale', 'zero_point', 'bits'])}) => (weight) {{ {'; '.join(lines)} }}".replace(";", "\n")
+    inputs, body = ", ".join([*planes, "scale", "zero_point", "bits"]), "\n".join(lines)
+    return f"{_OPERATOR}{count} ({inputs}) => (weight) {{ {body} }}"
 
 
 def _weights(model: ir.Model) -> Iterator[ir.Node]:
@@ -109,9 +114,8 @@ def select(model: ir.Model, bits: int) -> None:
     edit, count = Editor(model), -(-bits // DIGIT)
     for node in nodes:
         out, planes = node.outputs[0], len(node.inputs) - 3
-        name = (out.name or "weight").removesuffix("_decoded")
         if planes > count:
-            edit.replace(out, _call(edit, node, [*node.inputs[:count], *node.inputs[planes:]], name, out))
+            edit.replace(out, _call(edit, node, [*node.inputs[:count], *node.inputs[planes:]], out.name or "weight", out))
             edit.remove(node)
     edit.remove_functions(ir.DOMAIN, [f"{_OPERATOR}{more}" for more in range(count + 1, PLANES + 1)])
     model.graph.initializers[BITS].const_value = ir.make_tensor(np.asarray(bits, np.float32), "float32", BITS)

@@ -83,9 +83,9 @@ def empty_past(batch: int) -> dict[str, np.ndarray]:
     return {name: np.zeros((batch, HEADS, 0, HEAD_SIZE), np.float32) for name in PAST_NAMES}
 
 
-def perplexity(session: onnxruntime.InferenceSession, split: Split = "test", batch: int = 16) -> float:
-    """Perplexity per character of a session, exp of the mean negative log-likelihood over all windows of a split."""
-    inputs, labels = windows(split)
+def perplexity(session: onnxruntime.InferenceSession, split: Split = "test", count: int | None = None, batch: int = 16) -> float:
+    """Perplexity per character of a session, exp of the mean negative log-likelihood over (the first `count`) windows of a split."""
+    inputs, labels = (array[:count] for array in windows(split))
     total = 0.0
     for start in range(0, len(inputs), batch):
         rows = inputs[start : start + batch]
@@ -96,8 +96,11 @@ def perplexity(session: onnxruntime.InferenceSession, split: Split = "test", bat
     return float(np.exp(total / labels.size))
 
 
-def write(session: onnxruntime.InferenceSession, text: str, count: int = 200) -> str:
-    """`text` and the `count` most likely characters after it, one by one: the cache holds what was read before."""
+def write(session: onnxruntime.InferenceSession, text: str, count: int = 100) -> str:
+    """`text` and the `count` most likely characters after it, one by one: the cache holds what was read before.
+
+    Beyond 128 characters in all, the length of its training windows, the model loses the thread.
+    """
     tokens, past = encode(text)[None], empty_past(1)
     found = []
     for _ in range(count):

@@ -95,7 +95,8 @@ def check(model: DigitsLm, path: Path) -> None:
         raise RuntimeError(f"{path.name}: ONNX Runtime differs from torch by {difference:.2e}, over {MAX_DIFFERENCE}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{path.name}: {parameters} parameters, {path.stat().st_size} bytes, max |ort - torch| {difference:.1e}")
-    print(f"{path.name}: perplexity {digits_lm.perplexity(session):.3f} on the test split, {digits_lm.perplexity(session, 'train'):.3f} on train")
+    test, trained = (digits_lm.perplexity(session, split) for split in ("test", "train"))
+    print(f"{path.name}: perplexity {test:.3f} on the test split, {trained:.3f} on the train split")
 
 
 def main(arguments: list[str] | None = None) -> None:

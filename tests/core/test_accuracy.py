@@ -75,7 +75,8 @@ def test_perplexity_equals_a_softmax() -> None:
 
 def test_large_logits_overflow_nowhere() -> None:
     labels = TOKENS.argmax(2)
-    found = accuracy.compare(token_executor("Identity"), token_executor("Neg"), Labelled(open_calibration(1e4 * TOKENS, TOKEN_INPUTS), labels))
+    data = open_calibration(1e4 * TOKENS, TOKEN_INPUTS)
+    found = accuracy.compare(token_executor("Identity"), token_executor("Neg"), Labelled(data, labels))
     assert found.reference_perplexity == pytest.approx(1.0) and found.result_perplexity == float("inf")
 
 
