@@ -266,7 +266,9 @@ def _run(original: ir.Model, ctx: PassContext) -> _Ran:
 
 def _run_in_pieces(original: ir.Model, ctx: PassContext) -> _Ran:
     deployed = ctx.target.measures_speed and not half.has_half(ctx.model)
-    reference, result = (Segments(model, deployed=deployed, memory_budget=ctx.memory_budget) for model in (original, ctx.model))
+    reference, result = (
+        Segments(model, deployed=deployed, counts=model is ctx.model, memory_budget=ctx.memory_budget) for model in (original, ctx.model)
+    )
     batches = list(ctx.held_out.batches(BATCH))
     outputs = zip(reference.stream(batches), result.stream(batches), strict=True)
     return _Ran(reference, result, verify.compare_outputs(outputs, _outputs(original)), result.kernels)

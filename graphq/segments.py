@@ -20,20 +20,21 @@ PIECE = 128 << 20
 class Segments:
     """The interface of `Executor` over sessions that hold a piece of `model` each and are gone when the next is opened.
 
-    Fusions that reach over the end of a piece do not happen; the numbers are otherwise those of one session.
+    What a runtime fuses over the end of a piece stays apart; the numbers are otherwise those of one session.
 
     Args:
         model: The model.
         deployed: As for `Executor`.
+        counts: Whether to count integer kernels.
         memory_budget: Bytes of values between pieces that stay in memory; the rest goes to disk.
 
     Attributes:
-        kernels: How often each integer kernel is found in a deployed model, once it has run.
+        kernels: How often each integer kernel is found in a deployed model, once it has run, if they are counted.
     """
 
-    def __init__(self, model: ir.Model, *, deployed: bool = False, memory_budget: int = 2 << 30) -> None:
+    def __init__(self, model: ir.Model, *, deployed: bool = False, counts: bool = False, memory_budget: int = 2 << 30) -> None:
         self.model = model if deployed else half.emulated(block_floats.emulated(model))
-        self.deployed, self.memory_budget, self.kernels = deployed, memory_budget, Counter[str]()
+        self.deployed, self.counts, self.memory_budget, self.kernels = deployed, counts, memory_budget, Counter[str]()
 
     def run(self, feeds: Feeds) -> list[np.ndarray]:
         """The model's outputs."""
@@ -56,8 +57,8 @@ class Segments:
             yield from (list(arrays) for arrays in zip(*(found[value] for value in outputs), strict=True))
 
     def _session(self, fetches: Sequence[Fetch], nodes: Sequence[ir.Node], feeds: Mapping[str, np.dtype]) -> Executor:
-        if not self.deployed:
-            return Executor(self.model, fetches, nodes=nodes, feeds=feeds, prepack=False)
+        if not (self.deployed and self.counts):
+            return Executor(self.model, fetches, nodes=nodes, feeds=feeds, deployed=self.deployed)
         with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
             path = Path(folder) / "optimized.onnx"
             executor = Executor(self.model, fetches, nodes=nodes, feeds=feeds, deployed=True, optimized_path=str(path))
