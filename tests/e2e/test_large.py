@@ -12,11 +12,13 @@ import pytest
 from onnx import numpy_helper, parser
 
 from graphq import ir, ir_files, segments
+from graphq.calibration import open_calibration
 from graphq.convert import convert
 from graphq.editor import Editor
 from graphq.errors import GraphqError
 from graphq.recipe import load_recipe
 from graphq.report import Report
+from graphq.sweep import sweep
 
 WIDTH, ROWS, LAYERS = 64, 1024, 6
 TINY_BUDGET = 64 << 10
@@ -123,18 +125,34 @@ def test_spilled_tensors_read_back_as_they_were(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.astype(array.dtype), array)  # type: ignore[union-attr]
 
 
-def test_weights_in_files_are_mapped_only_while_they_are_read(source: Path) -> None:
-    def mapped() -> int:
-        return Path("/proc/self/maps").read_text().count(f"{source.parent}/m.data")
-
+def mapped(source: Path) -> int:
+    """How often this process maps the weights of `source`."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("there is no /proc/self/maps here")
+    return Path("/proc/self/maps").read_text().count(f"{source.parent}/m.data")
+
+
+def test_weights_in_files_are_mapped_only_while_they_are_read(source: Path) -> None:
     model = ir.load(source)
-    assert mapped() == 0
+    assert mapped(source) == 0
     arrays = [ir.constant(value) for value in model.graph.initializers.values()]
-    assert mapped() > 0 and all(array is not None for array in arrays)
+    assert mapped(source) > 0 and all(array is not None for array in arrays)
     del arrays
-    assert mapped() == 0
+    assert mapped(source) == 0
+
+
+def test_a_sweep_gives_weights_back_at_every_stop(source: Path) -> None:
+    model, reference = ir.load(source), ir.load(source)
+    for node in [*model.graph, *reference.graph]:
+        node.name = node.outputs[0].name
+    ids = np.random.default_rng(0).integers(0, ROWS, (8, 8))
+    stops = [node for node in model.graph if node.op_type == "MatMul"]
+    count = 0
+    for step in sweep(model, reference, stops, open_calibration({"ids": ids}, ir.inputs(model))):
+        np.testing.assert_allclose(step.y_ref[0], step.y_cur()[0], atol=1e-5)
+        assert mapped(source) == 0
+        count += 1
+    assert count == LAYERS
 
 
 def test_the_report_of_a_model_in_pieces_can_be_read(tmp_path: Path, source: Path) -> None:
