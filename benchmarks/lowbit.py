@@ -81,8 +81,8 @@ ROWS: list[tuple[str, str, str, str]] = [  # (model, bits, what, recipe)
     (VIT, "W4A4", "recipe w4a4-svdquant", recipe_text("w4a4-svdquant")),
     (VIT, "W4A4", "recipe w4a4-wush", recipe_text("w4a4-wush")),
     *[
-        (VIT, "W3A16", f"{algorithm}, groups of 64", f"passes: [normalize, round: {{bits: 3, group_size: 64, algorithm: {algorithm}, layers: all}}]")
-        for algorithm in ("rtn", "gptq", "greedy")
+        (VIT, "W3A16", f"{name}, groups of 64", f"passes: [normalize, round: {{bits: 3, group_size: 64, algorithm: {name}, layers: all}}]")
+        for name in ("rtn", "gptq", "greedy")
     ],
     (VIT, "W3A16", "rotate, then gptq", "passes: [normalize, rotate, round: {bits: 3, group_size: 64, algorithm: gptq, layers: all}]"),
     (VIT, "W3A16", "higgs without data", "passes: [normalize, higgs]"),

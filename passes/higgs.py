@@ -39,8 +39,8 @@ class Higgs(Pass):
         bits: Bits of a weight, unless its layer asks for others. Codes of 3 bits are stored in 4: ONNX has no narrower type for them.
         group_size: Inputs that are mixed and share a scale, at most: the largest order of a Hadamard matrix that divides those of a layer.
         numbers: Weights that one code stands for: pairs have a smaller error by 0.4 to 0.8 dB, in codes of twice the bits.
-        rounding: Whether each weight goes to the nearest point, without data, or errors are made up for by other weights as in GPTQ, and codes
-            and scales then improved in turn.
+        rounding: Whether each weight goes to the nearest point, without data, or errors are made up for by other weights as in GPTQ, and
+            codes and scales then improved in turn.
         where: Whether decoding takes the transform out of the weights again, or what layers read is transformed at run time.
         seed: Of the signs.
         samples: Calibration samples to use, 0 for all.
