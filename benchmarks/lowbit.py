@@ -79,6 +79,15 @@ ROWS: list[tuple[str, str, str, str]] = [  # (model, bits, what, recipe)
         if weight == 4 or what.startswith(("rounding", "+ one", "+ greedy", "recipe"))
     ],
     (VIT, "W4A4", "recipe w4a4-svdquant", recipe_text("w4a4-svdquant")),
+    (VIT, "W4A4", "recipe w4a4-wush", recipe_text("w4a4-wush")),
+    *[
+        (VIT, "W3A16", f"{name}, groups of 64", f"passes: [normalize, round: {{bits: 3, group_size: 64, algorithm: {name}, layers: all}}]")
+        for name in ("rtn", "gptq", "greedy")
+    ],
+    (VIT, "W3A16", "rotate, then gptq", "passes: [normalize, rotate, round: {bits: 3, group_size: 64, algorithm: gptq, layers: all}]"),
+    (VIT, "W3A16", "higgs without data", "passes: [normalize, higgs]"),
+    (VIT, "W3A16", "recipe w3a16-higgs", recipe_text("w3a16-higgs")),
+    (VIT, "W3A16", "the same, in pairs", "passes: [normalize, higgs: {rounding: greedy, numbers: 2}]"),
     (VIT, "W6A6", "rounding to nearest, min-max", transformer(6, 6, **STATIC, ranges="min-max", **RTN)),
     (VIT, "W6A6", "recipe w6a6-vit", recipe_text("w6a6-vit")),
     (VIT, "W8A8", "recipe w8a8-vit", recipe_text("w8a8-vit")),

@@ -104,7 +104,10 @@ def wush(grams: np.ndarray, weight: np.ndarray, *, floor: float, damping: float)
     return Transform(count, found)
 
 
-def best_block(size: int, most: int, least: int) -> int | None:
-    """The block of `least` to `most` neighbours to divide `size` into: the largest that has a Hadamard matrix, or else the largest."""
-    sizes = [block for block in range(least, min(size, most) + 1) if size % block == 0]
+def best_block(size: int, most: int, least: int, multiple: int = 1) -> int | None:
+    """The block of `least` to `most` neighbours to divide `size` into: the largest that has a Hadamard matrix, or else the largest.
+
+    A `multiple` of some number, or None if there is no such block.
+    """
+    sizes = [block for block in range(least, min(size, most) + 1) if size % block == block % multiple == 0]
     return max(sizes, key=lambda block: (hadamard.hadamard(block) is not None, block), default=None)

@@ -13,6 +13,7 @@ import numpy as np
 from graphq.codebooks import Codebook, Coded, encode
 
 _STEPS, _TOLERANCE = 4000, 1e-9
+_FITS, _DESCENTS = 4, 3
 _SIDE, _STEP = 4.5, 0.075  # The square lattice on which the normal density of the plane is summed.
 
 
@@ -74,15 +75,24 @@ def _plane(count: int) -> np.ndarray:
     return points
 
 
-def scales(rows: np.ndarray, group: int) -> np.ndarray:
-    """`|w| / √g` of each group, float32 [O, K / g]; 1 where all weights are 0."""
-    size = np.sqrt(np.square(rows.reshape(len(rows), -1, group).astype(np.float64)).mean(-1))
-    return np.where(size > 0, np.maximum(size, np.finfo(np.float32).tiny), 1.0).astype(np.float32)
+def scales(rows: np.ndarray, book: Codebook, group: int) -> np.ndarray:
+    """A scale for each group, float32 [O, K / g], of a tiny size at least: `|w| / √g`, then what fits the points that this gives.
+
+    The second is the least squares of w over its points, a few times in turn: a group of 64 numbers is no exact normal distribution.
+    """
+    groups = rows.reshape(len(rows), -1, group).astype(np.float32)
+    size = np.sqrt(np.square(groups, dtype=np.float64).mean(-1))
+    found = np.where(size > 0, np.maximum(size, np.finfo(np.float32).tiny), 1.0).astype(np.float32)
+    for _ in range(_FITS):
+        points = book.dequantize(book.quantize(groups / found[..., None]))
+        fit = np.sum(groups * points, axis=-1) / np.maximum(np.sum(np.square(points), axis=-1), 1e-30)
+        found = np.where(fit > 0, np.maximum(fit, np.finfo(np.float32).tiny), found).astype(np.float32)
+    return found
 
 
 def nearest(rows: np.ndarray, book: Codebook, group: int) -> Coded:
     """`rows` on the grid, each weight for itself: no data needed."""
-    return encode(rows.astype(np.float32), book, scales(rows, group))
+    return encode(rows.astype(np.float32), book, scales(rows, book, group))
 
 
 def feedback(rows: np.ndarray, book: Codebook, group: int, gram: np.ndarray) -> Coded:
@@ -91,7 +101,7 @@ def feedback(rows: np.ndarray, book: Codebook, group: int, gram: np.ndarray) -> 
     Args:
         gram: Damped Gram matrix of what the layer reads, [K, K]; columns with the largest inputs go first.
     """
-    p, scale = book.size, scales(rows, group)
+    p, scale = book.size, scales(rows, book, group)
     sizes = np.diag(gram).reshape(-1, p).sum(1)
     blocks = np.argsort(-sizes, kind="stable")
     order = (blocks[:, None] * p + np.arange(p)).reshape(-1)
@@ -109,3 +119,46 @@ def feedback(rows: np.ndarray, book: Codebook, group: int, gram: np.ndarray) -> 
             left[:, at + p : stop] -= left[:, own] @ upper[own, at + p : stop]
         left[:, stop:] -= left[:, start:stop] @ upper[start:stop, stop:]
     return Coded(book, places, scale)
+
+
+def descend(rows: np.ndarray, coded: Coded, gram: np.ndarray) -> Coded:
+    """Codes and scales in turn, each the best for the others as they are, so that the error `δ C δᵀ` of no row grows."""
+    rows = rows.astype(np.float64)
+    for _ in range(_DESCENTS):
+        coded = _better_codes(rows, coded, gram)
+        coded = Coded(coded.book, coded.places, _better_scales(rows, coded, gram))
+    return coded
+
+
+def _better_codes(rows: np.ndarray, coded: Coded, gram: np.ndarray) -> Coded:
+    """One walk over the columns, p at a time: the point of least error, given all other columns."""
+    book, places, group = coded.book, coded.places.copy(), rows.shape[1] // coded.scale.shape[1]
+    p, points = book.size, book.points.astype(np.float64)
+    delta = coded.decode() - rows
+    slope = delta @ gram
+    for block in range(places.shape[1]):
+        own = slice(block * p, block * p + p)
+        size, mine = coded.scale[:, [block * p // group]].astype(np.float64), gram[own, own]
+        moves = (points - points[places[:, block], None]) * size[:, None]  # [O, L, p]
+        cost = np.einsum("olp,olp->ol", moves, moves @ mine + 2 * slope[:, None, own])
+        best = cost.argmin(1)
+        moving = np.flatnonzero(cost[np.arange(len(best)), best] < -1e-12 * np.abs(slope[:, own]).max(initial=0.0))
+        if len(moving):
+            slope[moving] += moves[moving, best[moving]] @ gram[own]
+            places[moving, block] = best[moving]
+    return Coded(book, places, coded.scale)
+
+
+def _better_scales(rows: np.ndarray, coded: Coded, gram: np.ndarray) -> np.ndarray:
+    """The scales of least error for the codes, which solve a small linear system for each row; where one is not positive, those it has."""
+    count, units = coded.scale.shape[1], coded.book.dequantize(coded.places).astype(np.float64)
+    parts = units.reshape(len(rows), count, -1)
+    system = np.empty((len(rows), count, count))
+    for index in range(count):
+        seen = parts[:, index] @ gram[index * parts.shape[2] : (index + 1) * parts.shape[2]]
+        system[:, index] = (seen * units).reshape(parts.shape).sum(-1)
+    wanted = ((rows @ gram) * units).reshape(parts.shape).sum(-1)
+    system += 1e-9 * np.einsum("oaa->o", system)[:, None, None] * np.eye(count) + 1e-30 * np.eye(count)
+    found = np.linalg.solve(system, wanted[..., None])[..., 0]
+    is_good = np.all(np.isfinite(found) & (found >= np.finfo(np.float32).tiny), axis=1, keepdims=True)
+    return np.where(is_good, found, coded.scale).astype(np.float32)

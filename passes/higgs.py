@@ -39,7 +39,8 @@ class Higgs(Pass):
         bits: Bits of a weight, unless its layer asks for others. Codes of 3 bits are stored in 4: ONNX has no narrower type for them.
         group_size: Inputs that are mixed and share a scale, at most: the largest order of a Hadamard matrix that divides those of a layer.
         numbers: Weights that one code stands for: pairs have a smaller error by 0.4 to 0.8 dB, in codes of twice the bits.
-        rounding: Whether each weight goes to the nearest point, without data, or errors are made up for by other weights, as in GPTQ.
+        rounding: Whether each weight goes to the nearest point, without data, or errors are made up for by other weights as in GPTQ, and
+            codes and scales then improved in turn.
         where: Whether decoding takes the transform out of the weights again, or what layers read is transformed at run time.
         seed: Of the signs.
         samples: Calibration samples to use, 0 for all.
@@ -51,7 +52,7 @@ class Higgs(Pass):
     bits: Annotated[int, Field(ge=2, le=4)] = 3
     group_size: Annotated[int, Field(ge=LEAST, le=1024)] = 64
     numbers: Literal[1, 2] = 1
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "greedy"] = "nearest"
     where: Literal["weights", "activations"] = "weights"
     seed: Annotated[int, Field(ge=0)] = 0
     samples: Annotated[int, Field(ge=0)] = 0
@@ -60,7 +61,7 @@ class Higgs(Pass):
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
         """Whether it reads calibration data."""
-        return self.rounding == "gptq"
+        return self.rounding == "greedy"
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
@@ -77,7 +78,7 @@ class Higgs(Pass):
             else:
                 layers[node] = self._transform(node)
         moved = self._move(model, layers, ctx) if self.where == "activations" else set()
-        if self.rounding == "gptq":
+        if self.rounding == "greedy":
             for step in ctx.sweep(list(layers), self.samples or None):
                 sums = sum(_layer_rows.collect(step, ctx.seed), start=_nothing(step.node))
                 self._store(step.node, layers[step.node], sums, ctx, is_moved=step.node in moved)
@@ -93,15 +94,18 @@ class Higgs(Pass):
             return "a float weight was asked for it"
         if node.op_type == "Conv" and ir.attribute(node, "group", 1) != 1:
             return "it is a convolution of several groups"
-        if math.best_block(_inputs(node), self.group_size, LEAST) is None:
+        if self._group(node) is None:
             return f"its {_inputs(node)} inputs cannot be divided into groups of {LEAST} to {self.group_size}"
         return None
+
+    def _group(self, node: ir.Node) -> int | None:
+        return math.best_block(_inputs(node), self.group_size, LEAST, self.numbers)
 
     def _bits(self, node: ir.Node) -> int | None:
         return precision.asked(node, Bits(self.bits, None)).weight
 
     def _transform(self, node: ir.Node) -> math.Transform:
-        group = math.best_block(_inputs(node), self.group_size, LEAST)
+        group = self._group(node)
         assert group is not None, "see _refusal"
         return math.block_hadamard(_inputs(node), group, self.seed)
 
@@ -128,7 +132,7 @@ class Higgs(Pass):
             takes_mean = _bias.can_shift(node)
             gram = sums.centred_gram[0] if takes_mean else sums.gram[0]
             gram = _round_math.damped((gram if is_moved else transform.gram(gram))[None], sums.count)[0]
-            coded = higgs.feedback(rows, book, transform.block, gram)
+            coded = higgs.descend(rows, higgs.feedback(rows, book, transform.block, gram), gram)
             delta = coded.decode() - rows
             sums = sums.moved((delta if is_moved else transform.inverse().undo(delta.T).T)[None])
             if takes_mean:

@@ -57,9 +57,9 @@ class Rotate(Pass):
                 transform = self._online(taken[0], ctx)
             if transform is None:
                 continue
-            folded = _block_transform.folds(value, taken, transform, self.exclude)
+            folded, block = _block_transform.folds(value, taken, transform, self.exclude), transform.block
+            ctx.measure(value.name or "", folded=folded, block=block if transform.left is None else transform.size)
             _block_transform.apply(ctx.edit, value, taken, transform, self.exclude)
-            ctx.measure(value.name or "", folded=folded, block=transform.size if transform.left is not None else transform.block)
         ctx.edit.prune()
 
     def _rotate_streams(self, model: ir.Model, ctx: PassContext) -> set[ir.Node]:
@@ -80,9 +80,9 @@ class Rotate(Pass):
                 ctx.skip(norm, "its residual stream is not rotated: a layer is excluded by the recipe")
                 continue
             q = _hadamard_math.rotation(stream.width, self.seed, keeps_mean=stream.keeps_mean)
+            ctx.measure(value.name or "", folded=True, block=stream.width, layers=len(stream.layers) + len(stream.writers))
             _residual.rotate(ctx.edit, stream, q)
             done.update(stream.layers)
-            ctx.measure(value.name or "", folded=True, block=stream.width, layers=len(stream.layers) + len(stream.writers))
         return done
 
     def _of_heads(self, value: ir.Value, nodes: list[ir.Node]) -> math.Transform | None:

@@ -61,7 +61,6 @@ class Wush(Pass):
             stat = stats[observers[value]]
             weight = np.concatenate([_scaling.matrix(node).astype(np.float64) for node in nodes], axis=1)
             transform = math.wush(stat["gram"] / max(int(stat["count"]), 1), weight, floor=self.floor, damping=self.damping)
-            folded = _block_transform.folds(value, nodes, transform, self.exclude)
+            ctx.measure(value.name or "", folded=_block_transform.folds(value, nodes, transform, self.exclude), block=transform.block)
             _block_transform.apply(ctx.edit, value, nodes, transform, self.exclude)
-            ctx.measure(value.name or "", folded=folded, block=transform.block)
         ctx.edit.prune()

@@ -36,9 +36,11 @@ LOW_BIT = {
     ("digits_vit", "w3a4-vit"): (25, 0.17),
     ("digits_vit", "w4a8"): (2, 0.16),
     ("digits_cnn", "w4a8"): (2, 0.16),
+    ("digits_vit", "w4a4-wush"): (15, 0.16),
     ("digits_vit", "w4a16-gptq"): (2, 0.16),
     ("digits_vit", "nested-8-6-4-2"): (1, 0.27),
     ("digits_cnn", "nested-8-6-4-2"): (1, 0.27),
+    ("digits_vit", "w3a16-higgs"): (2, 0.18),
     ("digits_vit", "mixed"): (2, 0.20),
     ("digits_cnn", "mixed"): (2, 0.20),
 }
