@@ -2,7 +2,8 @@
 
 Layer by layer, each seeing what the pruned layers before it produce, and refitted to what it computed from that itself (fitting
 the reference's output instead makes up for the layers before, but with errors of this size it shrinks everything: ViT-Tiny fell
-from 42 to 24 % top-1). Groups lie along the input channels, for each position of a kernel and each group of a convolution; channels
+from 42 to 24 % top-1). More data helps most: ViT-Tiny, 82.4 % as it is, keeps 40 % at 2:4 with 64 calibration images and 48 % with 256.
+Groups lie along the input channels, for each position of a kernel and each group of a convolution; channels
 that fill no group stay dense. Weights are stored dense, with zeros, which all later passes keep.
 """
 

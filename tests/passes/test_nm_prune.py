@@ -17,7 +17,7 @@ from graphq import ir, linear, stored
 from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError
 from graphq.executor import Executor
-from graphq.passes import _masked
+from graphq.passes import _channels, _masked
 from graphq.passes import _nm_math as math
 from graphq.passes._nm_math import Pattern
 from graphq.passes._round_math import damped
