@@ -4,6 +4,9 @@ A pair is `W₂ f(W₁ x)` with an f that treats each channel by itself: activat
 with a gate (whose W₁ is cut too). Layer by layer, each seeing what the layers before it leave; W₂ is refitted, by ridge regression,
 to what it made of all channels (UDFC, arXiv 2308.07209, with data in place of its assumptions). Every tensor on the way gets smaller, so
 that any runtime is faster.
+Top-1 without and with the repair, few images: ViT-Tiny (79 %, 100 images, 16 for calibration) with a tenth of its hidden channels
+removed 74 and 80, with a fifth 65 and 74, with three tenths 45 and 63; MobileNetV2 (79 %) 58 and 74, then 9 and 62; ResNet-20
+(87.8 %, 500 images) 83.8 and 85.2, 75.2 and 82.0, 40.0 and 78.6. Without training afterwards, a tenth is about what a model bears.
 """
 
 from __future__ import annotations
