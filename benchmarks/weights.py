@@ -4,8 +4,8 @@
 
 Each row is converted in a process of its own. Accuracy: top-1 on 500 ImageNet validation images (ViT-Tiny), cosine of float and
 converted sentence embeddings over 1000 STS-B sentences not used for calibration (MiniLM), perplexity on 128 sequences of the dev split
-(a Llama of 0.26 million parameters). `exact`: activations of MatMulNBits are float; `deployed`: as ONNX Runtime does by default, which rounds
-them to 8 bits. ModelOpt (int4, awq_clip) runs in its own environment (see peers.py). Nothing here measures speed.
+(a Llama of 0.23 million parameters). `exact`: activations of MatMulNBits are float; `deployed`: as ONNX Runtime does by default,
+which rounds them to 8 bits. ModelOpt (int4, awq_clip) runs in its own environment (see peers.py). Nothing here measures speed.
 Results: <out>/weights.md and weights.csv.
 """
 
@@ -157,8 +157,10 @@ def earlier(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     if not file.exists():
         return {}
     with file.open(newline="", encoding="utf-8") as lines:
-        rows = [{key: text for key, text in row.items() if text} for row in csv.DictReader(lines)]
-    return {(row["model"], row["what"]): {**row, **{key: float(row[key]) for key in ("size_mb", "seconds") if key in row}} for row in rows}
+        rows: list[dict[str, Any]] = [{key: text for key, text in row.items() if text} for row in csv.DictReader(lines)]
+    for row in rows:
+        row |= {key: float(row[key]) for key in ("size_mb", "seconds") if key in row}
+    return {(row["model"], row["what"]): row for row in rows}
 
 
 def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace) -> None:
@@ -166,13 +168,15 @@ def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace)
     columns = {"model": "", "what": "", "exact": "", "deployed": "", "size_mb": ".2f", "seconds": ".0f"}
     titles = {"what": "weights", "size_mb": "file MB", "seconds": "convert s"}
     lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(format(row.get(key, ""), form if key in row else "") for key, form in columns.items()) + " |" for row in rows]
+    cells = [[format(row.get(key, ""), form if key in row else "") for key, form in columns.items()] for row in rows]
+    lines += ["| " + " | ".join(line) + " |" for line in cells]
     again = "" if arguments.only == "*" else f" The rows `{arguments.only}` are of this run, the others of an earlier one."
     head = [
         "# Weight-only recipes", "",
         f"`python benchmarks/weights.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
         f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration samples.",
-        f"{len(rows)} of {total} rows.{again} `deployed`: ONNX Runtime rounds activations of MatMulNBits to 8 bits; `exact`: it does not.", "",
+        f"{len(rows)} of {total} rows.{again} `deployed`: ONNX Runtime rounds activations of MatMulNBits to 8 bits;",
+        "`exact`: it does not.", "",
     ]  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "weights.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")

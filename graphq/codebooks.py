@@ -90,13 +90,13 @@ def nf4() -> Codebook:
     outermost = 1 - (1 / 32 + 1 / 30) / 2  # the paper's mean of the outermost quantiles of 16 and 15 levels
     below, above = (np.linspace(0.5, outermost, count)[1:] for count in (8, 9))
     quantiles = [NormalDist().inv_cdf(float(share)) for share in (*(1 - below), 0.5, *above)]
-    return Codebook(np.sort(np.float32(quantiles) / np.float32(max(quantiles)))[:, None])
+    return Codebook(np.sort(np.array(quantiles, np.float32) / np.float32(max(quantiles)))[:, None])
 
 
 def fp4() -> Codebook:
     """The 15 values of a 4-bit float E2M1, from -6 to 6 (arXiv 2310.10537)."""
     half = [0.5, 1, 1.5, 2, 3, 4, 6]
-    return Codebook(np.float32([*(-value for value in half[::-1]), 0, *half])[:, None])
+    return Codebook(np.array([*(-value for value in half[::-1]), 0, *half], np.float32)[:, None])
 
 
 def widest(rows: np.ndarray, book: Codebook, group_size: int) -> np.ndarray:

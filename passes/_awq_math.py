@@ -13,6 +13,7 @@ import numpy as np
 
 from graphq.noise import row_weights
 from graphq.passes import _round_math
+from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, PerGroup, QuantSpec
 
 POINTS = 20
@@ -56,10 +57,9 @@ class Layer:
         importance = (np.square(self.x / s).mean(0, dtype=np.float64) + 1e-30)[None] if self.is_clipped else None
         found = []
         for weight, spec in zip(self.weights, self.specs, strict=True):
-            scaled = (weight * s)[None]
-            qparams = _round_math.fit(scaled, spec, importance, CLIPS)
-            grid = _round_math.Grid.of(qparams, spec, scaled.shape)
-            found.append((grid.floats(grid.nearest(scaled)) - scaled)[0].astype(np.float32))
+            scaled = weight * s
+            qparams = _round_math.fit(scaled[None], spec, importance, CLIPS)
+            found.append(Uniform(spec).fake_quantize(scaled, qparams) - scaled)
         return found
 
 

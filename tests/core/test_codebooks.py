@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +13,8 @@ from graphq import codebooks, ir, linear, qdq, stored
 from graphq.codebooks import Codebook
 from graphq.editor import Editor
 from graphq.executor import Executor
+from graphq.quantizers import Uniform
+from graphq.spec import PerGroup, QuantSpec
 
 RNG = np.random.default_rng(0)
 
@@ -79,3 +82,34 @@ def test_bytes_count_codes_points_and_scales() -> None:
 def test_tables_that_are_none(points: np.ndarray) -> None:
     with pytest.raises(ValueError, match="points"):
         Codebook(points)
+
+
+def test_normal_floats_are_those_of_the_paper() -> None:
+    """QLoRA, arXiv 2305.14314, appendix E (1e-6)."""
+    paper = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+             0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
+    np.testing.assert_allclose(codebooks.nf4().points[:, 0], paper, atol=1e-6)
+    assert codebooks.nf4().storage == codebooks.fp4().storage == "int4"
+
+
+def test_four_bit_floats_are_those_of_the_type() -> None:
+    codes = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(codebooks.fp4().points[:, 0], np.unique(codes))
+
+
+def test_the_largest_weight_of_a_group_is_exact() -> None:
+    rows = RNG.standard_normal((4, 64)).astype(np.float32)
+    rows[0, :16] = 0
+    coded = codebooks.encode(rows, codebooks.fp4(), codebooks.widest(rows, codebooks.fp4(), 16))
+    largest = np.abs(rows).reshape(4, 4, 16).max(2)
+    np.testing.assert_allclose(np.abs(coded.decode()).reshape(4, 4, 16).max(2), largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_normal_floats_beat_integers_on_normal_weights(seed: int) -> None:
+    """On the squared error, groups of 64, round to nearest with the scale of the largest, by a tenth at least."""
+    rows = np.random.default_rng(seed).standard_normal((64, 512)).astype(np.float32)
+    uniform = Uniform(QuantSpec(4, granularity=PerGroup(1, 64)))
+    integers = uniform.fake_quantize(rows, uniform.fit_weight(rows))
+    normal = codebooks.encode(rows, codebooks.nf4(), codebooks.widest(rows, codebooks.nf4(), 64)).decode()
+    assert np.sum((normal - rows) ** 2) < 0.9 * np.sum((integers - rows) ** 2)

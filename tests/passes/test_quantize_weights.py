@@ -14,7 +14,7 @@ from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from pydantic import ValidationError
 
-from graphq import ir, linear, qdq
+from graphq import ir, linear, qdq, stored
 from graphq.calibration import random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor
@@ -243,7 +243,7 @@ def test_weights_that_cannot_be_grouped(fallback: int) -> None:
     assert len(record.skipped) == (0 if fallback else 2)
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 16}, {"group_size": -1}, {"group_size": 2000}, {"groups": 32}])
+@pytest.mark.parametrize("options", [{"bits": 5}, {"bits": 16}, {"group_size": -1}, {"group_size": 2000}, {"groups": 32}])
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         QuantizeWeights(**options)
@@ -273,3 +273,24 @@ def test_a_weight_that_is_not_finite_stays_float(bad: list[float]) -> None:
     assert layers(model)["one"] is not None and layers(model)["two"] is None
     ((where, reason),) = record.skipped
     assert "'two'" in where and "NaN" in reason
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+@pytest.mark.parametrize("group_size", [0, 16])
+@pytest.mark.parametrize("case", ["MatMul", "transB", "Conv"])
+def test_codes_of_a_table(case: str, group_size: int, form: str) -> None:
+    """Both engines multiply what the report measured (1e-5); a Conv, which has no groups, gets 8-bit integers where groups are asked."""
+    declared, body, shape = LAYERS[case]
+    weight = floats(*shape)
+    proto = build(f"g ({declared}) => (float[] y) {{ {body} }}", w=weight)
+    model, record = quantize(proto, format=form, group_size=group_size, fallback_bits=8)
+    node = next(node for node in model.graph if node.name == "it")
+    own = stored.decode(model, node.inputs[1])  # type: ignore[arg-type]
+    (measured,) = record.measurements
+    is_integer = case == "Conv" and group_size
+    assert measured.numbers["bits"] == (8 if is_integer else 4) and bool(model.functions) != is_integer
+    lost = 10 * np.log10(np.sum(weight**2) / np.sum((weight - own) ** 2))
+    assert measured.numbers["weight_sqnr_db"] == pytest.approx(lost, abs=1e-3) and lost > 14
+    feeds = {"x": floats(4, *[dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim][1:])}
+    made, expected = Executor(model).run(feeds)[0], ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)[0]
+    np.testing.assert_allclose(made, expected, atol=1e-5 * np.abs(expected).max())
