@@ -40,7 +40,7 @@ def refusal(node: ir.Node, rank: int) -> str | None:
 def as_int8(factors: Factors) -> Factors:
     """What factors are once they are stored as int8, with a scale for each column."""
     quantizer = Uniform(_INT8)
-    left, right = (quantizer.fake_quantize(part, quantizer.fit_weight(part)) for part in map(np.float32, factors))
+    left, right = (quantizer.fake_quantize(part, quantizer.fit_weight(part)) for part in (part.astype(np.float32) for part in factors))
     return left, right
 
 

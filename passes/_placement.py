@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graphq import ir, linear, precision
+from graphq import ir, linear, precision, stored
 from graphq.exclude import is_excluded
 from graphq.precision import Bits
 from graphq.targets import Target
@@ -117,10 +117,10 @@ def place(model: ir.Model, target: Target, *, exclude: Sequence[str] = (), keep_
 
 
 def _is_product(node: ir.Node, exclude: Sequence[str]) -> bool:
-    """Whether `node` multiplies two activations, as attention does."""
+    """Whether `node` multiplies two activations, as attention does; a weight that is stored as codes is none."""
     if node.domain or node.op_type != "MatMul" or is_excluded(node, exclude):
         return False
-    return all(ir.is_float(value) and ir.constant(value) is None for value in node.inputs)
+    return all(ir.is_float(value) and not stored.is_fixed(value) for value in node.inputs)
 
 
 def _is_coded(value: ir.Value | None) -> bool:

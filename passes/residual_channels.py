@@ -27,6 +27,9 @@ from graphq.targets import Target
 HEADROOM = 8.0
 """How far beyond calibration an activation may go before the block scales of NVFP4 saturate, as in `block-float`."""
 
+TOKENS = ("DynamicQuantize", "DynamicQuantizeAsymmetric")
+"""Operators of graphq that quantize with one scale a token."""
+
 
 @pass_options
 class ResidualChannels(Pass):
@@ -93,13 +96,19 @@ class ResidualChannels(Pass):
             return None if is_whole else "its inputs are not whole blocks of a known size"
         if not qdq.is_quantized(data) or maker is None or maker.op_type == "Concat":
             return "its input is not quantized"
-        if maker.op_type == "DequantizeLinear" and (ir.constant(maker.inputs[1]) is None or ir.constant(maker.inputs[1]).size != 1):  # type: ignore[union-attr]
-            return "its input has more than one scale"
-        return None
+        if _source(data) is data:
+            return "what it read before that was quantized is not at hand"
+        scale = ir.constant(maker.inputs[1]) if maker.op_type == "DequantizeLinear" else None
+        is_tensor = scale is not None and scale.size == 1
+        return None if is_tensor or maker.op_type in TOKENS else "its input has neither one scale nor one a token"
 
     def _append(self, value: ir.Value, nodes: Sequence[ir.Node], stat: Stat, ctx: PassContext) -> None:
         reach = np.maximum(-stat["low"], stat["high"])
         chosen = _residual_math.far_channels(np.asarray(reach, np.float64), self.channels)
+        if not len(chosen):
+            for node in nodes:
+                ctx.skip(node, "calibration saw nothing but zeros in its input")
+            return
         edit, source, name = ctx.edit, _source(value), value.name
         rounded = value
         if self.format is not None:

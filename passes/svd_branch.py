@@ -2,7 +2,7 @@
 
 `W = R + L1 L2`: the layer keeps R, whose entries are smaller, for whatever quantizes it later, and `(x L1) L2` is added to what it
 makes. Since errors of activations are multiplied by R too, both sides gain. The model computes the same; outliers of activations are
-moved into the weights first (`migrate`, `ln-reparam`). Main graph only.
+moved into the weights first (`migrate`, `ln-reparam`). The zeros of a pruned weight are lost: R has none. Main graph only.
 """
 
 from __future__ import annotations

@@ -156,3 +156,20 @@ def test_sizes_are_those_that_were_asked_for(tmp_path: Path) -> None:
     asked = {"input": ((1, 2, 4), (1, 1, 1), (32, 32, 64), (32, 32, 64))}
     report = graphq.convert(tmp_path / "open.onnx", tmp_path / "m.engine", engine={"shapes": asked}, **arguments)
     assert report.engine is not None and report.engine.shapes == asked and not report.engine.capped
+
+
+RESIDUALS = {
+    "branches": "- svd-branch: {rank: 8, weight_bits: 8, activation_bits: 8, min_gain_db: 0}\n- insert-qdq: {error_samples: 0}",
+    "products of residuals": "- insert-qdq: {weights: false, error_samples: 0}\n- residual-expand: {gamma: 0.5, bits: 8}",
+    "sums of residuals": "- residual-expand: {gamma: 0.5, bits: 4, group_size: 32}",
+    "residual channels": "- residual-channels: {format: nvfp4}\n- block-float: {activations: false}",
+}
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_branches_and_residuals(case: str, tmp_path: Path) -> None:
+    """The builder takes what stands beside a product, or sums up to its weight."""
+    recipe, out = parse_recipe(f"passes:\n- normalize\n{RESIDUALS[case]}\n", case), tmp_path / "m.engine"
+    calib = {"input": digits.calibration(32)}
+    report = graphq.convert(onnx_path("digits_vit"), out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
+    assert out.read_bytes().startswith(b"vtrt") and report.quantized["MatMul"] >= 16

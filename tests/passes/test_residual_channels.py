@@ -92,6 +92,12 @@ def test_refusals(outliers: Case, after: Callable[..., Any], lines: list[str], t
         after(reference, x, *lines, target=target)
 
 
+def test_zeros_have_no_far_channels(outliers: Case, after: Callable[..., Any]) -> None:
+    reference, x, _ = outliers()
+    with pytest.raises(RecipeError, match="nothing but zeros"):
+        after(reference, 0 * x, "dynamic-activations: {bits: 4}", "residual-channels")
+
+
 def test_convolutions_and_branches_are_left_alone(weighted: Callable[..., ir.Model], outliers: Case, after: Callable[..., Any]) -> None:
     reference, x, _ = outliers()
     _, record = after(reference, x, "svd-branch: {rank: 4, min_gain_db: 0, store: float32}", TOKENS, "residual-channels")

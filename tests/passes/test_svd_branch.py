@@ -85,6 +85,7 @@ def test_gains_grow_with_the_rank(layer: Callable[..., Case], after: Callable[..
 @pytest.mark.parametrize("store", ["int8", "float32"])
 @pytest.mark.parametrize("quantizers", [
     ["dynamic-activations: {bits: 4}", "round: {bits: 4}"], ["insert-qdq: {weights: false, error_samples: 0}", "round: {bits: 4}"],
+    ["dynamic-activations: {bits: 4}", "insert-qdq: {weights: false, attention: true, allow_no_effect: true}", "round: {bits: 4}"],
     ["insert-qdq: {error_samples: 0}"], ["quantize-weights: {bits: 4}"], ["aqer: {allow_no_effect: true}", "quantize-weights: {bits: 4}"],
     ["residual-expand"],
 ], ids=lambda lines: " ".join(line.partition(":")[0] for line in lines))  # fmt: skip
