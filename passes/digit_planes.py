@@ -1,10 +1,10 @@
 """digit-planes: weights of 8 bits in planes of 2, so that one file is a model of 8, 6, 4 and 2 bits. No data needed.
 
-`graphq.planes` has the format, the operator that reads it and the switch. A nested width is as good as rounding to nearest to that width: its
-levels lie in the middle of the codes they replace. SQNR of a product's outputs, nested and direct (256 x 384 weights, min-max, one
-range an output channel), at 8, 6, 4 and 2 bits: 43.4/43.4, 31.3/31.3, 19.3/18.8, 7.2/4.8 dB for Gaussian weights, 38.8/38.8,
-26.8/26.6, 14.6/14.2, 2.5/2.9 dB for Student's t with 4 degrees of freedom. What a low width alone could have besides, ranges
-and rounding fitted to it (`round`), one file of all widths cannot.
+`graphq.planes` has the format, the operator that reads it and the switch. A nested width is about as good as rounding to nearest
+to that width: its levels lie in the middle of the codes they replace. SQNR of a product's outputs, nested and direct (256 x 384
+weights, min-max, one range an output channel), at 8, 6, 4 and 2 bits: 43.4/43.4, 31.3/31.3, 19.3/18.8, 7.2/4.8 dB for Gaussian
+weights, 38.8/38.8, 26.8/26.6, 14.6/14.2, 2.5/2.9 dB for Student's t with 4 degrees of freedom. What a low width alone could have
+besides, ranges and rounding fitted to it (`round`), one file of all widths cannot.
 """
 
 from __future__ import annotations

@@ -45,13 +45,14 @@ def test_file_is_legal_small_and_self_contained() -> None:
 
 def test_interface_has_a_cache_for_each_layer() -> None:
     graph = onnx.load(MODEL).graph
-    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.output)}
+    values = (*graph.input, *graph.output)
+    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
     assert shapes == {
         "input_ids": ["batch", "sequence"], "logits": ["batch", "sequence", 96],
         **{name: ["batch", 4, "past", 32] for name in digits_lm.PAST_NAMES},
         **{name: ["batch", 4, "past+sequence", 32] for name in digits_lm.PRESENT_NAMES},
     }  # fmt: skip
-    assert [value.name for value in graph.output][0] == "logits"
+    assert graph.output[0].name == "logits"
 
 
 def test_perplexity() -> None:
