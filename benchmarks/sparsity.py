@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from measure import session, text_quality
+from measure import text_quality
 
 import graphq
 from graphq.gates import Gates
@@ -70,8 +70,7 @@ def measure(model: str, method: str, calib: int) -> dict[str, Any]:
             row["size"] = report.output.bytes / report.model.bytes
         if model in assets.VISION:
             return row | {"accuracy": assets.top1(ort.InferenceSession(path), model)}
-        ort.set_global_thread_pool_sizes(2, 1)
-        found = text_quality(assets, session(str(source)), session(str(path)), calib)
+        found = text_quality(assets, ort.InferenceSession(source), ort.InferenceSession(path), calib)
         return row | {"accuracy": 100 * found["spearman"], "cosine": found["cos_mean"]}
 
 
