@@ -64,7 +64,10 @@ class Editor:
         return value
 
     def shared(self, key: Hashable, name: str, make: Callable[[], np.ndarray], storage: str) -> Value:
-        """The constant made for `key` before, or a new one: what several nodes read is stored once."""
+        """The constant made for `key` before, or a new one: what several nodes read is stored once.
+
+        A value in `key` stands for the array that it holds: given another by `set_weight`, it is made anew.
+        """
         found = self._shared.get(key)
         if found is None or not found.is_initializer():
             found = self._shared[key] = self.initializer(name, make(), storage)
@@ -77,6 +80,7 @@ class Editor:
         if len(old.uses()) == 1 and not old.is_graph_output():
             old.const_value = self.keep(make_tensor(array, str(old.const_value.dtype.numpy()), old.name or ""))
             old.shape = ir.Shape(array.shape)
+            self._shared = {key: made for key, made in self._shared.items() if not _mentions(key, old)}
             self.edits["weight"] += 1
             return old
         new = self.initializer(old.name or "weight", array, str(old.const_value.dtype.numpy()), node.graph)  # type: ignore[arg-type]
@@ -196,3 +200,7 @@ class Editor:
                     expected=f"opset {version}, which the asked formats need", hint="export the model again with a higher opset_version",
                 )  # fmt: skip
             self.edits["opset"] += 1
+
+
+def _mentions(key: Hashable, value: Value) -> bool:
+    return key is value or isinstance(key, tuple) and any(_mentions(part, value) for part in key)
