@@ -67,8 +67,8 @@ class Lorc(Pass):
             return "its weight is not quantized"
         if reason := _branch.refusal(node, self.rank):
             return reason
-        wanted = None if twin is None else ir.constant(linear.weight_of(twin))
-        return "the float model has no such layer" if wanted is None or wanted.shape != ir.shape_of(weight) else None
+        is_same = twin is not None and ir.is_constant(linear.weight_of(twin)) and _sizes(twin) == _sizes(node)
+        return None if is_same else "the float model has no such layer"
 
     def _compensate(self, step: SweepStep, twin: ir.Node, ctx: PassContext) -> None:
         node, takes_mean = step.node, _bias.can_shift(step.node)
@@ -103,6 +103,12 @@ class Lorc(Pass):
     def _factors(self, sums: Sums, error: np.ndarray, takes_mean: bool, with_data: bool) -> math.Factors:
         found = math.compensation(error, sums, self.rank, takes_mean=takes_mean, with_data=with_data)
         return _branch.as_int8(found) if self.store == "int8" else found
+
+
+def _sizes(node: ir.Node) -> list[int | str | None]:
+    """Of the weight of `node`, those of the outputs first: quantizers turn the weights of some Gemms."""
+    sizes = list(ir.shape_of(linear.weight_of(node)) or ())
+    return [sizes.pop(linear.out_axis(node)), *sizes]
 
 
 def _rows(model: ir.Model, node: ir.Node) -> np.ndarray:
