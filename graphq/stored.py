@@ -11,24 +11,30 @@ import numpy as np
 from graphq import ir
 from graphq.executor import Executor, Fetch
 
+RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
+"""Operators with another result at each run, whatever they read."""
+
 
 def decoders(value: ir.Value | None) -> list[ir.Node]:
     """The nodes that compute `value` from initializers alone, in order; none if it is an initializer, or depends on anything else."""
-    found, seen = list[ir.Node](), set[ir.Value]()
+    found, seen, pending = dict[ir.Node, None](), set[ir.Value](), [value] if value is not None else []
+    while pending:
+        maker = ir.producer(pending[-1])
+        if not (ir.is_constant(pending[-1]) if maker is None else _is_repeatable(maker)):
+            return []
+        waiting = [] if maker is None else [entry for entry in maker.inputs if entry is not None and entry not in seen]
+        pending += waiting
+        if not waiting:
+            seen.add(pending.pop())
+            found.update({} if maker is None else {maker: None})
+    return list(found)
 
-    def visit(one: ir.Value) -> bool:
-        if one in seen or ir.is_constant(one):
-            return True
-        maker = ir.producer(one)
-        if maker is None or not any(entry is not None for entry in maker.inputs) or any(ir.subgraphs(maker)):
-            return False
-        if not all(visit(entry) for entry in maker.inputs if entry is not None):
-            return False
-        seen.update(maker.outputs)
-        found.append(maker)
+
+def _is_repeatable(node: ir.Node) -> bool:
+    """Whether `node` makes the same of the same constants, and reads nothing but its inputs."""
+    if node.op_type == "Constant":
         return True
-
-    return found if value is not None and visit(value) else []
+    return any(entry is not None for entry in node.inputs) and not any(ir.subgraphs(node)) and node.op_type not in RANDOM
 
 
 def is_fixed(value: ir.Value | None) -> bool:
@@ -45,10 +51,17 @@ def is_stored(value: ir.Value | None) -> bool:
 
 
 def parts(value: ir.Value | None) -> list[ir.Value]:
-    """The initializers that `value` is computed from."""
+    """The initializers, and what Constant nodes hold, that `value` is computed from."""
     makers = decoders(value)
-    inputs = [entry for node in makers for entry in node.inputs if entry is not None] if makers else [value]
-    return list(dict.fromkeys(entry for entry in inputs if entry is not None and entry.is_initializer()))
+    inputs = [entry for node in makers for entry in node.inputs] if makers else [value]
+    return list(dict.fromkeys(entry for entry in inputs if entry is not None and ir.is_constant(entry)))
+
+
+def nbytes(part: ir.Value) -> int:
+    """Bytes that a constant takes in the file."""
+    maker = part.producer()
+    tensor = part.const_value if maker is None else maker.attributes["value"].as_tensor()
+    return 0 if tensor is None else tensor.nbytes
 
 
 def decode(model: ir.Model, value: ir.Value) -> np.ndarray:
