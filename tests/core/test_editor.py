@@ -132,6 +132,14 @@ def test_set_weight_of_another_shape() -> None:
     assert list(model.graph.initializers) == ["w"] and ir.shape_of(model.graph.initializers["w"]) == (2, 3)
 
 
+def test_set_constant_is_for_all_readers() -> None:
+    model, edit = opened(SHARED)
+    edit.set_constant(model.graph.initializers["w"], np.eye(2))
+    np.testing.assert_array_equal(run(model), [X, X])
+    edit.set_constant(model.graph.initializers["w"], np.eye(2), "float16")
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16 and edit.edits == {"weight": 2}
+
+
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
 def test_set_weight_keeps_the_element_type(kind: type) -> None:
     model = ir.from_onnx_text(f"{HEAD}\nm (float16[n, 2] x) => (float16[n, 2] y) {{ y = Identity(x) }}")
