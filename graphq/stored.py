@@ -7,12 +7,17 @@ here need not know which.
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from graphq import ir
 from graphq.executor import Executor, Fetch
 
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
 """Operators with another result at each run, whatever they read."""
+
+
+_NO_CODES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT64})
+"""Element types of scales, tables and shapes."""
 
 
 def decoders(value: ir.Value | None) -> list[ir.Node]:
@@ -55,6 +60,29 @@ def parts(value: ir.Value | None) -> list[ir.Value]:
     makers = decoders(value)
     inputs = [entry for node in makers for entry in node.inputs] if makers else [value]
     return list(dict.fromkeys(entry for entry in inputs if entry is not None and ir.is_constant(entry)))
+
+
+def shape(model: ir.Model, value: ir.Value) -> tuple[int, ...] | None:
+    """Of what stands for a weight, inferred without computing it where the graph does not say; None if that fails."""
+    known = ir.shape_of(value)
+    if known is None:
+        proto, _ = ir.segment_proto(model, decoders(value), {})
+        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(value.name or ""))
+        try:
+            found = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return None
+        known = tuple(dim.dim_value or None for dim in found.shape.dim) if found.HasField("shape") else None
+    return known if known is not None and all(isinstance(dim, int) for dim in known) else None  # type: ignore[return-value]
+
+
+def storage(value: ir.Value) -> str:
+    """The element type of the codes that `value` is made of: `int8`, or `4 x uint2` where several arrays of codes make one weight."""
+    found = [part for part in parts(value) if part.dtype not in _NO_CODES] or parts(value)
+    largest = max(found, key=nbytes)
+    count = sum((part.dtype, nbytes(part)) == (largest.dtype, nbytes(largest)) for part in found)
+    name = "" if largest.dtype is None else str(largest.dtype.numpy())
+    return f"{count} x {name}" if count > 1 else name
 
 
 def nbytes(part: ir.Value) -> int:
