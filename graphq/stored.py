@@ -1,16 +1,14 @@
 """Weights that are stored as something else than a float array: codes, and the nodes that make floats of them when a session loads.
 
 Any small subgraph over constants may stand for a weight: a DequantizeLinear, a sum of several, a function of graphq. Whoever asks
-here need not know which.
+here need not know which. `graphq.executor.decode` computes what they stand for.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 
 from graphq import ir
-from graphq.executor import Executor, Fetch
 
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
 """Operators with another result at each run, whatever they read."""
@@ -90,18 +88,3 @@ def nbytes(part: ir.Value) -> int:
     maker = part.producer()
     tensor = part.const_value if maker is None else maker.attributes["value"].as_tensor()
     return 0 if tensor is None else tensor.nbytes
-
-
-def decode(model: ir.Model, value: ir.Value) -> np.ndarray:
-    """The array that `value`, which depends on constants only, stands for. It is computed at every call, and nothing is kept.
-
-    Raises:
-        ValueError: it depends on an input of the model.
-    """
-    array = ir.constant(value)
-    if array is not None:
-        return array
-    makers = decoders(value)
-    if not makers:
-        raise ValueError(f"{value.name} is not a constant of the graph")
-    return Executor(model, [Fetch(value.name or "")], nodes=makers, feeds={}, prepack=False).run({})[0]

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from graphq import ir, linear, stored
 from graphq.exclude import is_excluded, require_matches
+from graphq.executor import decode
 from graphq.noise import decibel
 from graphq.passes import _bias, _branch, _layer_rows
 from graphq.passes import _low_rank_math as math
@@ -115,5 +116,5 @@ def _rows(model: ir.Model, node: ir.Node) -> np.ndarray:
     """The weight of `node`, which may be stored as codes, as float32 [O, D]."""
     value = linear.weight_of(node)
     assert value is not None
-    rows = np.moveaxis(stored.decode(model, value), linear.out_axis(node), 0)
+    rows = np.moveaxis(decode(model, value), linear.out_axis(node), 0)
     return rows.reshape(len(rows), -1)

@@ -10,9 +10,9 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from graphq import ir, qdq, stored
+from graphq import ir, qdq
 from graphq.editor import Editor
-from graphq.executor import Executor, Fetch
+from graphq.executor import Executor, Fetch, decode
 from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import Granularity, PerAxis, PerGroup, PerTensor, QuantSpec
 
@@ -165,7 +165,7 @@ def test_the_other_reader_of_a_shared_weight_that_changed_since_gets_codes_of_it
     new = np.flip(np.asarray(ir.constant(second.inputs[1])), 0)  # which has the same scales
     edit.set_weight(second, 1, new)
     qdq.insert_weight(edit, second, spec, qparams)
-    found = stored.decode(model, second.inputs[1])  # type: ignore[arg-type]
+    found = decode(model, second.inputs[1])  # type: ignore[arg-type]
     np.testing.assert_allclose(found, new, atol=float(qparams.scale.max()))
 
 

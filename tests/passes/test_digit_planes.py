@@ -19,6 +19,7 @@ import graphq
 from graphq import cli, ir, linear, planes, stored
 from graphq.calibration import random_calibration
 from graphq.errors import ModelError, TargetError, UsageError
+from graphq.executor import decode
 from graphq.models import digits, onnx_path
 from graphq.passes.digit_planes import DigitPlanes
 from graphq.passes.normalize import Normalize
@@ -65,7 +66,7 @@ def decoded(model: ir.Model, bits: int) -> np.ndarray:
     (node,) = [node for node in model.graph if node.op_type in linear.LINEAR_OPS]
     value = linear.weight_of(node)
     assert value is not None
-    return stored.decode(model, value)
+    return decode(model, value)
 
 
 def expected(weight: np.ndarray, spec: QuantSpec, bits: int) -> np.ndarray:
