@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 from graphq.arrays import open_npz
 from graphq.calibration import CalibrationSet, from_columns
 from graphq.errors import DataError
-from graphq.executor import BATCH as TOKEN_BATCH
+from graphq.executor import BATCH
 from graphq.preprocess import Preprocess, resolve_preprocess
 from graphq.report import Accuracy
 from graphq.spec import ModelInput
 from graphq.verify import Runnable
 
-BATCH = 16
+IMAGES = 16
+"""Samples that run at once if each has one label; those with a label for every token are `BATCH`, as their outputs are large."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def compare(reference: Runnable, result: Runnable, labelled: Labelled) -> Accura
     of_tokens = labelled.labels.ndim == 2
     right, losses = np.zeros(2), np.zeros(2)
     start = judged = 0
-    for batch in labelled.data.batches(TOKEN_BATCH if of_tokens else BATCH):
+    for batch in labelled.data.batches(BATCH if of_tokens else IMAGES):
         count = len(next(iter(batch.values())))
         labels = labelled.labels[start : start + count]
         start += count
@@ -82,16 +84,16 @@ def compare(reference: Runnable, result: Runnable, labelled: Labelled) -> Accura
 
 def _judge_samples(scores: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
     """How many of `labels` (samples,) have the largest score."""
-    _check_classes(labels, scores.size // max(len(labels), 1), ignore_negative=False)
+    if scores.ndim < 2 or len(scores) != len(labels) or math.prod(scores.shape[2:]) != 1:
+        raise _misfit(labels, scores, "scores [samples, classes], perhaps [samples, classes, 1, 1], for labels [samples]")
+    _check_classes(labels, scores.shape[1], ignore_negative=False)
     return int((scores.reshape(len(labels), -1).argmax(1) == labels).sum()), 0.0
 
 
 def _judge_tokens(logits: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
     """How many of `labels` (samples, tokens) have the largest logit, and the sum of their negative log-likelihoods in nats."""
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        shapes = f"labels {list(labels.shape)}, output {list(logits.shape)}"
-        raise DataError("The labels do not fit the model's first output.", where=shapes,
-                        expected="logits [samples, tokens, vocabulary] for labels [samples, tokens]")  # fmt: skip
+        raise _misfit(labels, logits, "logits [samples, tokens, vocabulary] for labels [samples, tokens]")
     _check_classes(labels, logits.shape[2], ignore_negative=True)
     hits, loss = 0, 0.0
     for scores, wanted in zip(logits, labels, strict=True):  # one sample at a time: a vocabulary in float64 is large
@@ -100,6 +102,11 @@ def _judge_tokens(logits: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
         hits += int((rows.argmax(1) == chosen).sum())
         loss += float((np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(chosen)), chosen]).sum())
     return hits, loss
+
+
+def _misfit(labels: np.ndarray, output: np.ndarray, expected: str) -> DataError:
+    shapes = f"labels {list(labels.shape)}, output {list(output.shape)}"
+    return DataError("The labels do not fit the model's first output.", where=shapes, expected=expected)
 
 
 def _check_classes(labels: np.ndarray, classes: int, *, ignore_negative: bool) -> None:

@@ -1,8 +1,10 @@
-"""Options of the command line that several commands share, and how their values are read."""
+"""Options of the command line that several commands share, how their values are read, and how results are printed as JSON."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,3 +92,10 @@ Shapes = Annotated[
     typer.Option(metavar="NAME=SHAPE", help="Range of an input of the engine, fewest:best:most: input=1:8:32x3x224x224; repeatable."),
 ]  # fmt: skip
 Widths = Annotated[Any, typer.Option(metavar="N,N,...", parser=parse_bits, help="Widths to try; the first is the one in question.")]
+
+
+def print_json(value: Any) -> None:
+    """A result, which may hold the toolkit's own dataclasses, on stdout."""
+    from graphq.report import plain
+
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -64,7 +64,10 @@ class Editor:
         return value
 
     def shared(self, key: Hashable, name: str, make: Callable[[], np.ndarray], storage: str) -> Value:
-        """The constant made for `key` before, or a new one: what several nodes read is stored once."""
+        """The constant made for `key` before, or a new one: what several nodes read is stored once.
+
+        A value in `key` stands for the array that it holds: given another by `set_weight`, it is made anew.
+        """
         found = self._shared.get(key)
         if found is None or not found.is_initializer():
             found = self._shared[key] = self.initializer(name, make(), storage)
@@ -75,13 +78,20 @@ class Editor:
         old = node.inputs[index]
         assert old is not None and old.const_value is not None, "set_weight needs an initializer"
         if len(old.uses()) == 1 and not old.is_graph_output():
-            old.const_value = self.keep(make_tensor(array, str(old.const_value.dtype.numpy()), old.name or ""))
-            old.shape = ir.Shape(array.shape)
-            self.edits["weight"] += 1
+            self.set_constant(old, array)
             return old
         new = self.initializer(old.name or "weight", array, str(old.const_value.dtype.numpy()), node.graph)  # type: ignore[arg-type]
         self.rewire(node, index, new)
         return new
+
+    def set_constant(self, value: Value, array: np.ndarray, storage: str | None = None) -> None:
+        """Let the initializer `value` hold `array`, for all that read it; of the element type that it has, if `storage` names no other."""
+        assert value.const_value is not None, "set_constant needs an initializer"
+        tensor = make_tensor(array, storage or str(value.const_value.dtype.numpy()), value.name or "")
+        value.const_value, value.shape = self.keep(tensor), ir.Shape(array.shape)
+        value.type = value.type if storage is None else ir.tensor_type(storage)
+        self._shared = {key: made for key, made in self._shared.items() if not _mentions(key, value)}
+        self.edits["weight"] += 1
 
     def insert(self, anchor: Node | None, op_type: str, values: Sequence[Value | None], *, output: str, domain: str = "",
                attributes: Mapping[str, Any] | None = None, like: Value | None = None, after: bool = False) -> Value:  # fmt: skip
@@ -196,3 +206,7 @@ class Editor:
                     expected=f"opset {version}, which the asked formats need", hint="export the model again with a higher opset_version",
                 )  # fmt: skip
             self.edits["opset"] += 1
+
+
+def _mentions(key: Hashable, value: Value) -> bool:
+    return key is value or isinstance(key, tuple) and any(_mentions(part, value) for part in key)

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from graphq import block_floats, half, ir
+from graphq import block_floats, half, ir, stored
 from graphq.errors import ModelError
 from graphq.observers import View
 
@@ -102,6 +102,21 @@ class Executor:
 
     def stream(self, batches: Iterable[Feeds]) -> Iterator[list[np.ndarray]]:
         return run_ahead(partial(self.run, batch) for batch in batches)
+
+
+def decode(model: ir.Model, value: ir.Value) -> np.ndarray:
+    """The array that `value`, which depends on constants only, stands for. It is computed at every call, and nothing is kept.
+
+    Raises:
+        ValueError: it depends on an input of the model.
+    """
+    array = ir.constant(value)
+    if array is not None:
+        return array
+    makers = stored.decoders(value)
+    if not makers:
+        raise ValueError(f"{value.name} is not a constant of the graph")
+    return Executor(model, [Fetch(value.name or "")], nodes=makers, feeds={}, prepack=False).run({})[0]
 
 
 def run_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:

@@ -12,17 +12,19 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from graphq import half, ir, linear, verify
+from graphq import half, ir, linear, stored, verify
 from graphq.calibration import CalibrationSet
 from graphq.data import open_data
 from graphq.errors import GraphqError, ModelError, RecipeError
 from graphq.executor import Executor, Fetch
+from graphq.ops import OPERATORS
 from graphq.pipeline import Pass, PassContext
 from graphq.qdq import has_small_floats
 from graphq.report import FileFacts, OutputComparison, file_facts
 from graphq.targets import TARGETS, Target, get_target, violations
 
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+_QUANTIZED = (*_QUANTIZING, *(f"{ir.DOMAIN}.{name}" for name in OPERATORS))
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class LinearNode:
-    """One operator with weights; `refusal` is None if it can be quantized, `storage` its width if it already is."""
+    """One operator with weights; `refusal` is None if it can be quantized, `storage` the type of its codes if it already is."""
 
     name: str
     op_type: str
@@ -62,7 +64,7 @@ class Inspection:
     weight_bytes: Bytes of constants by element type.
     linear: The operators with weights, as passes see them: in the normalized model.
     dynamic_axes: Dimensions that are not fixed, as `input.0 (batch)`.
-    already_quantized: Whether there are QuantizeLinear, DequantizeLinear or integer operators.
+    already_quantized: Whether there are QuantizeLinear, DequantizeLinear or operators on codes, or weights that are stored as codes.
     targets: For each known target, whether the model as it is runs there.
     recipes: For each built-in recipe, whether it can be applied for the target that was asked about.
     """
@@ -95,7 +97,7 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
     ops = dict(Counter(_op_name(node) for node in ir.all_nodes(model)).most_common())
     normal = normalized(model, chosen)
     nodes = tuple(_linear_nodes(normal))
-    quantized = any(op in _QUANTIZING or op.endswith("Integer") or ".Q" in op or op.startswith("QLinear") for op in ops)
+    quantized = any(op in _QUANTIZED or op.endswith(("Integer", "NBits")) or ".Q" in op or op.startswith("QLinear") for op in ops)
     return Inspection(
         file=file_facts(path, model),
         ir_version=model.ir_version,
@@ -107,7 +109,7 @@ def inspect(path: str | Path, target: str = "onnxruntime") -> Inspection:
         weight_bytes=_weight_bytes(model),
         linear=nodes,
         dynamic_axes=tuple(_dynamic_axes(model)),
-        already_quantized=quantized,
+        already_quantized=quantized or any(node.storage for node in nodes),
         targets=tuple(_target_fit(model, entry) for entry in TARGETS.values()),
         recipes=tuple(_recipe_fits(normal, chosen, nodes)),
     )
@@ -156,14 +158,11 @@ def _linear_nodes(model: ir.Model) -> Iterator[LinearNode]:
             yield LinearNode(node.name or "", node.op_type, None, "not quantized by any pass", None)
         if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
             continue
-        weight, storage = linear.weight_of(node), None
-        maker = ir.producer(weight)
-        if maker is not None and maker.op_type == "DequantizeLinear" and maker.inputs[0] is not None and maker.inputs[0].is_initializer():
-            weight = maker.inputs[0]
-            storage = _type_name(weight.dtype)
+        weight = linear.weight_of(node)
+        shape = stored.shape(model, weight) if weight is not None and stored.is_fixed(weight) else None
+        storage = stored.storage(weight) if weight is not None and stored.is_stored(weight) else None
         refusal = f"already quantized ({storage})" if storage else linear.linear_refusal(node)
-        tensor = weight.const_value if weight is not None else None
-        yield LinearNode(node.name or "", node.op_type, None if tensor is None else tuple(tensor.shape.numpy()), refusal, storage)
+        yield LinearNode(node.name or "", node.op_type, shape, refusal, storage)
 
 
 def _dynamic_axes(model: ir.Model) -> Iterator[str]:

@@ -70,9 +70,10 @@ def outline(model: Model, *, shapes: bool = False) -> onnx.ModelProto:
 
 
 def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model of `nodes` (main graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
+    """A model of `nodes` (of one graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
     proto, made = _proto_of(model, nodes), {value.name for node in nodes for value in node.outputs}
-    read = dict.fromkeys(value for node in nodes for value in reads(node) if value.name not in made and value.graph is model.graph)
+    graphs = {model.graph, *(node.graph for node in nodes)}
+    read = dict.fromkeys(value for node in nodes for value in reads(node) if value.name not in made and value.graph in graphs)
     for name in [value.name or "" for value in read if not (value.is_initializer() and value.const_value is not None)]:
         kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name]))
         proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))

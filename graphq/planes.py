@@ -3,7 +3,8 @@
 A code `q` of 8 unsigned bits is four digits of 2 bits, `q = 64 d_3 + 16 d_2 + 4 d_1 + d_0`; plane k holds the digits `d_k` of all
 weights as uint2 (opset 25). With b bits only the leading b bits of a code are read, and what the rest may be is replaced by its
 mean: `w = (q - q mod 2^(8-b) + (2^(8-b) - 1) / 2 - zero_point) * scale`. How many bits are read is one number, the initializer
-`graphq_bits`; a file with planes left out is smaller and reads what is left (`select`).
+`graphq_bits`; a file with planes left out is smaller and reads what is left (`select`). Planes are left out whole: a file of 5 bits
+still holds the digits of 6.
 
 Runtimes fold the planes into floats when a session is made, and the number with them: to choose a width is to change the model
 before it is loaded, which `select_bits` does. `SessionOptions.add_initializer` is too late for it: ONNX Runtime 1.31 folds first.
@@ -19,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx.external_data_helper import load_external_data_for_model
 
 from graphq import functions, ir, report
 from graphq.editor import Editor
 from graphq.errors import ModelError, UsageError
+from graphq.ir_files import PROTOBUF_LIMIT
+from graphq.verify import verify_graph
 
 OPSET = 25
 """The first with uint2."""
@@ -31,7 +35,8 @@ PLANES, DIGIT = 4, 2
 """Planes of a full code, and bits of a digit."""
 
 BITS = "graphq_bits"
-"""The float32 scalar that says how many bits are read; a file that has fewer reads what it has."""
+"""The float32 scalar that says how many bits are read (`graphq_bits_1` where the model has such a value itself); a file that has fewer
+reads what it has."""
 
 _OPERATOR = "PlaneWeight"
 
@@ -59,7 +64,7 @@ def insert(edit: Editor, anchor: ir.Node, name: str, codes: np.ndarray, scale: n
     """
     values = [edit.initializer(f"{name}_plane_{PLANES - 1 - index}", plane, "uint2") for index, plane in enumerate(split(codes))]
     values += [edit.initializer(f"{name}_scale", scale), edit.initializer(f"{name}_zero_point", zero_point, "uint8")]
-    bits = edit.model.graph.initializers.get(BITS) or edit.initializer(BITS, np.asarray(8, np.float32))
+    bits = next((node.inputs[-1] for node in _weights(edit.model)), None) or edit.initializer(BITS, np.asarray(8, np.float32))
     result = _call(edit, anchor, [*values, bits], f"{name}_decoded", like)
     shape = ir.constant_shape(like)
     if codes.shape == shape:
@@ -100,6 +105,8 @@ def _weights(model: ir.Model) -> Iterator[ir.Node]:
 def select(model: ir.Model, bits: int) -> None:
     """Leave out the planes that `bits` do not need, and read `bits` of what is left.
 
+    An odd number takes the planes of the next even one, which can still be selected after it.
+
     Raises:
         ModelError: the model has no planes.
         UsageError: it does not have `bits` any more, or there is no such width.
@@ -118,8 +125,10 @@ def select(model: ir.Model, bits: int) -> None:
             edit.replace(out, _call(edit, node, [*node.inputs[:count], *node.inputs[planes:]], out.name or "weight", out))
             edit.remove(node)
     edit.remove_functions(ir.DOMAIN, [f"{_OPERATOR}{more}" for more in range(count + 1, PLANES + 1)])
-    model.graph.initializers[BITS].const_value = ir.make_tensor(np.asarray(bits, np.float32), "float32", BITS)
+    for value in {node.inputs[-1] for node in _weights(model)}:
+        edit.set_constant(value, np.asarray(bits, np.float32))  # type: ignore[arg-type]
     edit.prune()
+    verify_graph(model)
     if report.METADATA_KEY in model.metadata_props:
         told = report.read_embedded(model)
         note = f"Of the weights, {bits} bits were kept after this report was made: its measurements are those of the file before."
@@ -132,9 +141,14 @@ def select_bits(model: str | Path, bits: int) -> onnx.ModelProto:
         session = onnxruntime.InferenceSession(graphq.select_bits("nested.onnx", 4).SerializeToString())
 
     Raises:
-        ModelError: the model has no planes.
+        ModelError: the model has no planes, or is too large for one protobuf with the bits that are left (2 GiB).
         UsageError: it does not hold `bits`, 1 to 8.
     """
     found = ir.load(model)
     select(found, bits)
-    return ir.to_proto(found)
+    if ir.weight_bytes(found) > PROTOBUF_LIMIT - (1 << 26):
+        raise ModelError("The model does not fit into one protobuf.", where=f"{model}: {bits} bits a weight", expected="2 GiB at most",
+                         hint=f"graphq planes {model} --bits {bits} -o FILE writes its weights beside it")  # fmt: skip
+    proto = ir.to_proto(found)
+    load_external_data_for_model(proto, str(Path(model).parent))
+    return proto

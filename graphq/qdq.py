@@ -41,17 +41,17 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
     if anchor is None or anchor.graph is not edit.model.graph:
         anchor, after = None, False
     name, source = value.name or "value", start
-    is_stored = narrow and spec.bits == spec.storage_bits and (anchor is None or anchor.op_type != "Clip")
-    stored = spec if spec.bits == 8 or is_stored else replace(spec, bits=8)
-    scale, zero = _qparam_values(edit, name, qparams, stored)
-    if spec.bits != stored.bits:
+    is_narrow = narrow and spec.bits == spec.storage_bits and (anchor is None or anchor.op_type != "Clip")
+    own = spec if spec.bits == 8 or is_narrow else replace(spec, bits=8)
+    scale, zero = _qparam_values(edit, name, qparams, own)
+    if spec.bits != own.bits:
         steps = np.array([spec.qmin - int(qparams.zero_point), spec.qmax - int(qparams.zero_point)], np.float32) * qparams.scale
         low, high = (edit.initializer(f"{name}_clip_{end}", np.asarray(step)) for end, step in zip(("low", "high"), steps, strict=True))
         source = edit.insert(anchor, "Clip", [source, low, high], output=f"{name}_clipped", like=start, after=after)
         anchor, after = source.producer(), True
         edit.annotate(anchor, _PART, "clip")  # type: ignore[arg-type]
     codes = edit.insert(anchor, "QuantizeLinear", [source, scale, zero], output=f"{name}_quantized", after=after)
-    codes.shape, codes.type = start.shape, ir.tensor_type(stored.storage)
+    codes.shape, codes.type = start.shape, ir.tensor_type(own.storage)
     maker = codes.producer()
     if through:
         edit.rewire(through[0], 0, codes)
@@ -201,11 +201,11 @@ def quantized_weight_bytes(model: ir.Model) -> tuple[int, int]:
     before, after = 0, 0
     seen: set[ir.Value] = set()
     for floats, parts in _stored_arrays(model):
-        fresh = [part for part in dict.fromkeys(parts) if part not in seen and part.const_value is not None]
+        fresh = [part for part in dict.fromkeys(parts) if part not in seen and ir.is_constant(part)]
         if fresh:
             seen.update(fresh)
             before += 4 * floats
-            after += sum(part.const_value.nbytes for part in fresh if part.const_value is not None)
+            after += sum(map(stored.nbytes, fresh))
     return before, after
 
 

@@ -1,34 +1,43 @@
 """Weights that are stored as something else than a float array: codes, and the nodes that make floats of them when a session loads.
 
 Any small subgraph over constants may stand for a weight: a DequantizeLinear, a sum of several, a function of graphq. Whoever asks
-here need not know which.
+here need not know which. `graphq.executor.decode` computes what they stand for.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import onnx
 
 from graphq import ir
-from graphq.executor import Executor, Fetch
+
+RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
+"""Operators with another result at each run, whatever they read."""
+
+
+_NO_CODES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT64})
+"""Element types of scales, tables and shapes."""
 
 
 def decoders(value: ir.Value | None) -> list[ir.Node]:
     """The nodes that compute `value` from initializers alone, in order; none if it is an initializer, or depends on anything else."""
-    found, seen = list[ir.Node](), set[ir.Value]()
+    found, seen, pending = dict[ir.Node, None](), set[ir.Value](), [value] if value is not None else []
+    while pending:
+        maker = ir.producer(pending[-1])
+        if not (ir.is_constant(pending[-1]) if maker is None else _is_repeatable(maker)):
+            return []
+        waiting = [] if maker is None else [entry for entry in maker.inputs if entry is not None and entry not in seen]
+        pending += waiting
+        if not waiting:
+            seen.add(pending.pop())
+            found.update({} if maker is None else {maker: None})
+    return list(found)
 
-    def visit(one: ir.Value) -> bool:
-        if one in seen or ir.is_constant(one):
-            return True
-        maker = ir.producer(one)
-        if maker is None or not any(entry is not None for entry in maker.inputs) or any(ir.subgraphs(maker)):
-            return False
-        if not all(visit(entry) for entry in maker.inputs if entry is not None):
-            return False
-        seen.update(maker.outputs)
-        found.append(maker)
+
+def _is_repeatable(node: ir.Node) -> bool:
+    """Whether `node` makes the same of the same constants, and reads nothing but its inputs."""
+    if node.op_type == "Constant":
         return True
-
-    return found if value is not None and visit(value) else []
+    return any(entry is not None for entry in node.inputs) and not any(ir.subgraphs(node)) and node.op_type not in RANDOM
 
 
 def is_fixed(value: ir.Value | None) -> bool:
@@ -45,22 +54,37 @@ def is_stored(value: ir.Value | None) -> bool:
 
 
 def parts(value: ir.Value | None) -> list[ir.Value]:
-    """The initializers that `value` is computed from."""
+    """The initializers, and what Constant nodes hold, that `value` is computed from."""
     makers = decoders(value)
-    inputs = [entry for node in makers for entry in node.inputs if entry is not None] if makers else [value]
-    return list(dict.fromkeys(entry for entry in inputs if entry is not None and entry.is_initializer()))
+    inputs = [entry for node in makers for entry in node.inputs] if makers else [value]
+    return list(dict.fromkeys(entry for entry in inputs if entry is not None and ir.is_constant(entry)))
 
 
-def decode(model: ir.Model, value: ir.Value) -> np.ndarray:
-    """The array that `value`, which depends on constants only, stands for. It is computed at every call, and nothing is kept.
+def shape(model: ir.Model, value: ir.Value) -> tuple[int, ...] | None:
+    """Of what stands for a weight, inferred without computing it where the graph does not say; None if that fails."""
+    known = ir.shape_of(value)
+    if known is None:
+        proto, _ = ir.segment_proto(model, decoders(value), {})
+        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(value.name or ""))
+        try:
+            found = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return None
+        known = tuple(dim.dim_value or None for dim in found.shape.dim) if found.HasField("shape") else None
+    return known if known is not None and all(isinstance(dim, int) for dim in known) else None  # type: ignore[return-value]
 
-    Raises:
-        ValueError: it depends on an input of the model.
-    """
-    array = ir.constant(value)
-    if array is not None:
-        return array
-    makers = decoders(value)
-    if not makers:
-        raise ValueError(f"{value.name} is not a constant of the graph")
-    return Executor(model, [Fetch(value.name or "")], nodes=makers, feeds={}, prepack=False).run({})[0]
+
+def storage(value: ir.Value) -> str:
+    """The element type of the codes that `value` is made of: `int8`, or `4 x uint2` where several arrays of codes make one weight."""
+    found = [part for part in parts(value) if part.dtype not in _NO_CODES] or parts(value)
+    largest = max(found, key=nbytes)
+    count = sum((part.dtype, nbytes(part)) == (largest.dtype, nbytes(largest)) for part in found)
+    name = "" if largest.dtype is None else str(largest.dtype.numpy())
+    return f"{count} x {name}" if count > 1 else name
+
+
+def nbytes(part: ir.Value) -> int:
+    """Bytes that a constant takes in the file."""
+    maker = part.producer()
+    tensor = part.const_value if maker is None else maker.attributes["value"].as_tensor()
+    return 0 if tensor is None else tensor.nbytes

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from graphq import ir, linear, stored
+from graphq.executor import decode
 
 GROUPS = (4, 8, 16, 32)
 """Values of M that are looked for."""
@@ -148,7 +149,7 @@ def _layers(model: ir.Model) -> Iterator[LayerZeros]:
         value = linear.weight_of(node)
         if value is None or not stored.is_fixed(value):
             continue
-        array = stored.decode(model, value)
+        array = decode(model, value)
         if array.ndim >= 2 and array.size and array.dtype.kind == "f" and (node.op_type != "MatMul" or array.ndim == 2):
             yield _layer(node, np.moveaxis(array, linear.out_axis(node), 0))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphq import ir, linear, stored
+from graphq import ir, linear
 from graphq.editor import Editor
+from graphq.executor import decode
 
 Slot = tuple[ir.Node, int]
 """The node and input index that hold the bias."""
@@ -52,7 +53,7 @@ def added(model: ir.Model, node: ir.Node) -> np.ndarray:
     holder, index = slot
     value = holder.outputs[0] if holder.op_type == "DequantizeLinear" else holder.inputs[index]
     assert value is not None
-    return stored.decode(model, value).reshape(-1).astype(np.float64) * (1.0 if holder.op_type == "Add" else _factor(node))
+    return decode(model, value).reshape(-1).astype(np.float64) * (1.0 if holder.op_type == "Add" else _factor(node))
 
 
 def can_shift(node: ir.Node) -> bool:

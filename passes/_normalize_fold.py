@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from graphq import ir
+from graphq import ir, stored
 from graphq.editor import Editor
 from graphq.passes._normalize_graph import become_constant, graph_nodes
 
@@ -17,10 +17,9 @@ _LAYOUT = frozenset({"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Fl
 
 _KEPT = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",  # they say how a constant is stored
-    "RandomUniformLike", "RandomNormalLike", "Bernoulli", "Multinomial", "Dropout",  # another result at each run
     "Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "QLinearMatMul", "DeformConv", "LSTM", "GRU", "RNN", "Resize", "Upsample",
     "GridSample", "MaxPool", "AveragePool", "LpPool", "RoiAlign", "MaxRoiPool", "NonMaxSuppression",  # slow or inexact in the reference
-})  # fmt: skip
+}) | stored.RANDOM  # fmt: skip
 
 _HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 """Only moved, never computed with: runtimes accumulate these types in float32, the reference does not."""

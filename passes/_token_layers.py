@@ -9,7 +9,7 @@ import numpy as np
 from graphq import ir, linear, precision, stored
 from graphq.calibration import CalibrationSet
 from graphq.exclude import is_excluded
-from graphq.executor import BATCH, Executor, Fetch
+from graphq.executor import BATCH, Executor, Fetch, decode
 from graphq.pipeline import PassContext
 from graphq.precision import Bits
 
@@ -72,5 +72,5 @@ def matrix(model: ir.Model, node: ir.Node) -> np.ndarray:
     """The weight of a MatMul or Gemm as [D, O], float32; it may be stored as codes."""
     value = linear.weight_of(node)
     assert value is not None
-    array = stored.decode(model, value)
+    array = decode(model, value)
     return array.T if linear.in_axis(node) else array

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from graphq import ir, linear, stored
 from graphq.exclude import is_excluded, require_matches
+from graphq.executor import decode
 from graphq.noise import decibel
 from graphq.passes import _bias, _branch, _layer_rows
 from graphq.passes import _low_rank_math as math
@@ -67,8 +68,8 @@ class Lorc(Pass):
             return "its weight is not quantized"
         if reason := _branch.refusal(node, self.rank):
             return reason
-        wanted = None if twin is None else ir.constant(linear.weight_of(twin))
-        return "the float model has no such layer" if wanted is None or wanted.shape != ir.shape_of(weight) else None
+        is_same = twin is not None and ir.is_constant(linear.weight_of(twin)) and _sizes(twin) == _sizes(node)
+        return None if is_same else "the float model has no such layer"
 
     def _compensate(self, step: SweepStep, twin: ir.Node, ctx: PassContext) -> None:
         node, takes_mean = step.node, _bias.can_shift(step.node)
@@ -105,9 +106,15 @@ class Lorc(Pass):
         return _branch.as_int8(found) if self.store == "int8" else found
 
 
+def _sizes(node: ir.Node) -> list[int | str | None]:
+    """Of the weight of `node`, those of the outputs first: quantizers turn the weights of some Gemms."""
+    sizes = list(ir.shape_of(linear.weight_of(node)) or ())
+    return [sizes.pop(linear.out_axis(node)), *sizes]
+
+
 def _rows(model: ir.Model, node: ir.Node) -> np.ndarray:
     """The weight of `node`, which may be stored as codes, as float32 [O, D]."""
     value = linear.weight_of(node)
     assert value is not None
-    rows = np.moveaxis(stored.decode(model, value), linear.out_axis(node), 0)
+    rows = np.moveaxis(decode(model, value), linear.out_axis(node), 0)
     return rows.reshape(len(rows), -1)

@@ -18,7 +18,7 @@ from graphq.spec import ModelInput
 
 F32 = np.dtype(np.float32)
 INPUTS = (ModelInput("x", F32, ("n", 4)),)
-COUNT = 2 * accuracy.BATCH + 3
+COUNT = 2 * accuracy.IMAGES + 3
 X = np.random.default_rng(0).standard_normal((COUNT, 4)).astype(np.float32)
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -89,6 +89,17 @@ def test_labels_of_tokens_that_do_not_fit(shape: tuple[int, int], fill: int, mes
     with pytest.raises(DataError, match=f"(?s){message}"):
         accuracy.compare(token_executor("Identity"), token_executor("Neg"),
                          Labelled(open_calibration(TOKENS, TOKEN_INPUTS), np.full(shape, fill)))  # fmt: skip
+
+
+def test_one_label_is_not_judged_by_a_table_of_scores() -> None:
+    """`[samples, 5, 7]` are not 35 classes; `[samples, 4, 1, 1]` are 4."""
+    with pytest.raises(DataError, match=r"(?s)do not fit.*labels \[\d+\], output \[\d+, 5, 7\]"):
+        accuracy.compare(token_executor("Identity"), token_executor("Neg"),
+                         Labelled(open_calibration(TOKENS, TOKEN_INPUTS), np.zeros(COUNT, int)))  # fmt: skip
+    model = ir.from_onnx_text(f"""{HEAD}
+m (float[n, 4] x) => (float[n, 4, 1, 1] y) {{ a = Constant <value_ints = [2, 3]> ()  y = Unsqueeze(x, a) }}""")
+    found = accuracy.compare(Executor(model), Executor(model), Labelled(open_calibration(X, INPUTS), X.argmax(1)))
+    assert found.reference == 1.0
 
 
 @pytest.mark.parametrize("wrong", [-1, X.shape[1]])

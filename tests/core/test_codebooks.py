@@ -9,10 +9,10 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from graphq import codebooks, ir, linear, qdq, stored
+from graphq import codebooks, ir, linear, qdq
 from graphq.codebooks import Codebook
 from graphq.editor import Editor
-from graphq.executor import Executor
+from graphq.executor import Executor, decode
 from graphq.quantizers import Uniform
 from graphq.spec import PerGroup, QuantSpec
 
@@ -50,7 +50,7 @@ def test_the_graph_holds_what_numpy_decodes(operator: str, levels: int, size: in
     edit.prune()
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
-    own = stored.decode(model, value)
+    own = decode(model, value)
     assert linear.linear_refusal(node) == "it is quantized already"
     by_rows = own.T if operator == "MatMul" else own.reshape(8, -1)
     np.testing.assert_array_equal(by_rows, coded.decode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -97,6 +99,22 @@ def test_set_weight_clones_what_others_read() -> None:
     assert sorted(model.graph.initializers) == ["w", "w_1"]
 
 
+def test_what_was_made_of_a_weight_is_not_shared_after_it_changed() -> None:
+    model, edit = opened()
+    weight = model.graph.initializers["w"]
+
+    def made(key: Hashable) -> float:
+        return float(ir.constant(edit.shared(key, "sum", lambda: np.sum(ir.constant(weight)), "float32")))  # type: ignore[arg-type]
+
+    first, keys = made(weight), [weight, ("sum", weight), (("nested", weight), 8)]
+    assert [made(key) for key in keys] == [first] * 3
+    other = edit.shared("other", "other", lambda: np.ones(1), "float32")
+    edit.rewire(model.graph[1], 0, other)
+    edit.set_weight(model.graph[0], 1, np.zeros((2, 2)))
+    assert first and [made(key) for key in keys] == [0.0] * 3
+    assert edit.shared("other", "other", lambda: np.zeros(1), "float32") is other
+
+
 def test_set_weight_clones_what_the_model_returns() -> None:
     model, edit = opened(f"""{HEAD}
 m (float[n, 2] x) => (float[n, 2] y, float[2, 2] w)
@@ -112,6 +130,14 @@ def test_set_weight_of_another_shape() -> None:
     edit.set_weight(model.graph[0], 1, np.ones((2, 3), np.float32))
     edit.prune()
     assert list(model.graph.initializers) == ["w"] and ir.shape_of(model.graph.initializers["w"]) == (2, 3)
+
+
+def test_set_constant_is_for_all_readers() -> None:
+    model, edit = opened(SHARED)
+    edit.set_constant(model.graph.initializers["w"], np.eye(2))
+    np.testing.assert_array_equal(run(model), [X, X])
+    edit.set_constant(model.graph.initializers["w"], np.eye(2), "float16")
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16 and edit.edits == {"weight": 2}
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])

@@ -14,6 +14,7 @@ from graphq.kernels_used import kernels
 from graphq.models import digits, onnx_path
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
+NEWEST = '<ir_version: 13, opset_import: ["" : 25, "graphq" : 1]>'
 MIXED = f"""{HEAD}
 mixed (float[n, 2] x, float[2, 2] other) => (float[n, 2] y)
 <float[2, 2] w = {{1, 2, 3, 4}}, float[2] vector = {{1, 2}}>
@@ -54,6 +55,21 @@ def test_a_trained_network() -> None:
     assert len([node for node in found.linear if node.refusal is None]) == 9 and found.quantizable_share > 0.95
     assert not found.already_quantized
     assert all(fit.reason is None for fit in found.targets)
+
+
+NESTED = f"""{NEWEST}
+nested (float[n, 4] x) => (float[n, 2] y)
+<uint2[4, 2] high = {{1, 2, 3, 1, 2, 3, 0, 0}}, uint2[4, 2] low = {{0, 1, 0, 1, 0, 1, 2, 2}}, float[2] scale = {{1, 2}}>
+{{ w = graphq.Steps(high, low, scale)  [it] y = MatMul(x, w) }}
+<domain: "graphq", opset_import: ["" : 25]>
+Steps (high, low, scale) => (w) {{ h = Cast<to = 1>(high)  l = Cast<to = 1>(low)  codes = Add(h, l)  w = Mul(codes, scale) }}"""
+
+
+def test_weights_that_a_function_makes_of_codes_are_known(tmp_path: Path) -> None:
+    found = inspect(write(tmp_path, NESTED))
+    assert found.already_quantized
+    (node,) = found.linear
+    assert (node.storage, node.weight_shape, node.refusal) == ("2 x uint2", (4, 2), "already quantized (2 x uint2)")
 
 
 def test_every_refusal_has_its_reason(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from graphq import ir, qdq
 from graphq.editor import Editor
-from graphq.executor import Executor, Fetch
+from graphq.executor import Executor, Fetch, decode
 from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import Granularity, PerAxis, PerGroup, PerTensor, QuantSpec
 
@@ -154,6 +154,19 @@ def test_a_shared_weight_stays_float_for_its_other_reader() -> None:
     qdq.insert_weight(edit, node, QuantSpec(8, granularity=PerAxis(1)))
     readers = {use.node.op_type for use in model.graph.initializers["w"].uses()}
     assert readers == {"MatMul"} and node.inputs[1] is not model.graph.initializers["w"]
+
+
+def test_the_other_reader_of_a_shared_weight_that_changed_since_gets_codes_of_its_own() -> None:
+    model, edit, node = matmul(8)
+    second = edit.insert(node, "MatMul", [node.outputs[0], node.inputs[1]], output="second", after=True).producer()
+    assert second is not None
+    spec = QuantSpec(8, granularity=PerAxis(1))
+    qparams = qdq.insert_weight(edit, node, spec)
+    new = np.flip(np.asarray(ir.constant(second.inputs[1])), 0)  # which has the same scales
+    edit.set_weight(second, 1, new)
+    qdq.insert_weight(edit, second, spec, qparams)
+    found = decode(model, second.inputs[1])  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, new, atol=float(qparams.scale.max()))
 
 
 @pytest.mark.parametrize(("op", "attributes", "axis", "group_axis"), [

@@ -12,8 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from graphq import ir, kernels_used, linear, report, stored
+from graphq import ir, kernels_used, linear, report
 from graphq.convert import convert
+from graphq.executor import decode
 from graphq.gates import Gates
 from graphq.inspect import compare_files
 from graphq.models import digits, onnx_path
@@ -138,7 +139,7 @@ def test_2_of_4_weights(folder: Path, model: str, name: str, target: str) -> Non
     for node in layers.values():
         value = linear.weight_of(node)
         assert value is not None
-        rows = np.moveaxis(stored.decode(result, value), linear.in_axis(node), -1)
+        rows = np.moveaxis(decode(result, value), linear.in_axis(node), -1)
         rows = rows[..., : rows.shape[-1] // 4 * 4]
         assert np.count_nonzero(rows.reshape(-1, 4), axis=1).max() <= 2
     assert len(layers) == len(numbers) >= 4

@@ -135,6 +135,15 @@ def test_wrong_usage_exits_2_before_anything_is_measured(run: Run, arguments: li
     assert ended.code == 2 and words in ended.err and "Traceback" not in ended.err and not ended.out and CNN.read_bytes() == before
 
 
+def test_a_recipe_is_not_written_over_what_is_read(run: Run, calib: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("layout: nchw\nmean: [0.5]\nstd: [0.25]\n")
+    text = mine.read_text()
+    ended = run("sensitivity", CNN, "--calib", calib, "--preprocess", mine, "--bits", 8, "--write-recipe", mine, "--keep-float", 1)
+    assert ended.code == 2 and "overwrite an input" in ended.err and mine.read_text() == text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["calib.npz", "mine.yaml"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

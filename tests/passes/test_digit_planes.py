@@ -19,6 +19,7 @@ import graphq
 from graphq import cli, ir, linear, planes, stored
 from graphq.calibration import random_calibration
 from graphq.errors import ModelError, TargetError, UsageError
+from graphq.executor import decode
 from graphq.models import digits, onnx_path
 from graphq.passes.digit_planes import DigitPlanes
 from graphq.passes.normalize import Normalize
@@ -65,7 +66,7 @@ def decoded(model: ir.Model, bits: int) -> np.ndarray:
     (node,) = [node for node in model.graph if node.op_type in linear.LINEAR_OPS]
     value = linear.weight_of(node)
     assert value is not None
-    return stored.decode(model, value)
+    return decode(model, value)
 
 
 def expected(weight: np.ndarray, spec: QuantSpec, bits: int) -> np.ndarray:
@@ -279,3 +280,46 @@ def test_what_cannot_be_selected(vit: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         cli.main(["planes", str(vit / "nested.onnx"), "--bits", "4", "-o", str(vit / "nested.onnx")])
     assert "overwrite an input" in capsys.readouterr().err and (vit / "nested.onnx").read_bytes() == before
+
+
+def test_weights_beside_the_file_are_taken_into_the_model(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(96, 64)).astype(np.float32)
+    model, _ = convert(build("m (float[n, 96] x) => (float[n, 64] y) { y = MatMul (x, w) }", w=weight))
+    inside = tmp_path / "inside.onnx"
+    ir.save(model, inside)
+    onnx.save(onnx.load(inside), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    first, second = (graphq.select_bits(file, 4) for file in (inside, tmp_path / "m.onnx"))
+    x = np.ones((2, 96), np.float32)
+    assert not any(entry.data_location == onnx.TensorProto.EXTERNAL for entry in second.graph.initializer)
+    np.testing.assert_array_equal(session(first).run(None, {"x": x})[0], session(second).run(None, {"x": x})[0])
+
+
+def test_more_than_one_protobuf_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ir.save(convert(layer(MATMUL)[0])[0], tmp_path / "m.onnx")
+    monkeypatch.setattr(planes, "PROTOBUF_LIMIT", (1 << 26) + 1)
+    with pytest.raises(ModelError, match="(?s)one protobuf.*4 bits.*graphq planes"):
+        graphq.select_bits(tmp_path / "m.onnx", 4)
+
+
+@pytest.mark.parametrize("named", ["value", "weight"])
+def test_a_value_of_the_users_with_the_name_of_the_number(named: str) -> None:
+    text, weights = "m (float[n, 8] x) => (float[n, 6] y) { h = MatMul (x, w)  y = Add (h, c) }", {"c": np.full(6, 3, np.float32)}
+    proto = build(text.replace(*(("h", planes.BITS) if named == "value" else ("c)", f"{planes.BITS})"))), w=layer(MATMUL)[1],
+                  **({planes.BITS: weights["c"]} if named == "weight" else weights))  # fmt: skip
+    model, _ = convert(proto)
+    planes.select(model, 4)
+    plain, x = convert(layer(MATMUL)[0])[0], np.ones((2, 8), np.float32)
+    planes.select(plain, 4)
+    found, product = (session(ir.to_proto(one)).run(None, {"x": x})[0] for one in (model, plain))
+    np.testing.assert_array_equal(found, product + 3)
+
+
+def test_odd_widths_keep_the_planes_of_the_next_even_one() -> None:
+    proto, _ = layer(MATMUL)
+    whole = convert(proto)[0]
+    model, wanted = ir.clone(whole), {bits: decoded(whole, bits) for bits in (5, 6)}
+    planes.select(model, 5)
+    np.testing.assert_array_equal(decoded(model, 5), wanted[5])
+    planes.select(model, 6)
+    np.testing.assert_array_equal(decoded(model, 6), wanted[6])

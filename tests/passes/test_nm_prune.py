@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from graphq import ir, linear, stored
 from graphq.calibration import open_calibration
 from graphq.errors import GraphqError, RecipeError
-from graphq.executor import Executor
+from graphq.executor import Executor, decode
 from graphq.passes import _channels, _masked
 from graphq.passes import _nm_math as math
 from graphq.passes._nm_math import Pattern
@@ -280,7 +280,7 @@ def stored_weight(model: ir.Model) -> np.ndarray:
     """What the quantized weight of `it` stands for."""
     value = linear.weight_of(next(node for node in model.graph if node.name == "it"))
     assert value is not None and stored.is_stored(value)
-    return stored.decode(model, value)
+    return decode(model, value)
 
 
 ROUNDERS: dict[str, Pass] = {

@@ -10,10 +10,10 @@ import pytest
 from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
-from graphq import functions, ir, linear, precision, qdq, stored
+from graphq import functions, ir, linear, precision, qdq
 from graphq.calibration import random_calibration
 from graphq.errors import TargetError
-from graphq.executor import Executor
+from graphq.executor import Executor, decode
 from graphq.kernels_used import kernels
 from graphq.noise import decibel
 from graphq.passes import _outliers_math as math
@@ -76,7 +76,7 @@ def test_the_graph_holds_what_was_measured(case: str, group_size: int, bits: int
     model, record = apply(body, declared, weight, bits=bits, group_size=group_size)
     node = next(node for node in model.graph if node.name == "it")
     assert linear.linear_refusal(node) == "it is quantized already" and qdq.quantized_nodes(model, get_target("onnxruntime"))
-    own = stored.decode(model, linear.weight_of(node))  # type: ignore[arg-type]
+    own = decode(model, linear.weight_of(node))  # type: ignore[arg-type]
     (measured,) = record.measurements
     lost = decibel(float(np.sum(weight**2)), float(np.sum((weight - own) ** 2)))
     assert measured.numbers["weight_sqnr_db"] == pytest.approx(lost, abs=1e-3)
@@ -89,7 +89,7 @@ def test_exceptions_are_nearly_exact_and_few_bytes() -> None:
     """Within 2^-11 of what the code lacks; three bytes each beside the codes and scales (and those that bridge gaps)."""
     weight = heavy(0, 512, 256)
     model, record = apply("[it] y = MatMul(x, w)", "float[N, 512] x", weight)
-    own = stored.decode(model, model.graph[-1].inputs[1])  # type: ignore[arg-type]
+    own = decode(model, model.graph[-1].inputs[1])  # type: ignore[arg-type]
     kept = np.argsort(-np.abs(weight / np.sqrt(np.square(weight).mean(0))), axis=None)[:1310]
     assert record.measurements[0].numbers["kept"] == pytest.approx(0.01, abs=1e-4)
     np.testing.assert_allclose(own.reshape(-1)[kept], weight.reshape(-1)[kept], rtol=2**-11)

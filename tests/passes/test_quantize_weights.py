@@ -14,10 +14,10 @@ from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from pydantic import ValidationError
 
-from graphq import ir, linear, qdq, stored
+from graphq import ir, linear, qdq
 from graphq.calibration import random_calibration
 from graphq.errors import TargetError
-from graphq.executor import Executor
+from graphq.executor import Executor, decode
 from graphq.passes.normalize import Normalize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.pipeline import Pass, PassContext, PassRecord, run_passes
@@ -285,7 +285,7 @@ def test_codes_of_a_table(case: str, group_size: int, form: str) -> None:
     proto = build(f"g ({declared}) => (float[] y) {{ {body} }}", w=weight)
     model, record = quantize(proto, format=form, group_size=group_size, fallback_bits=8)
     node = next(node for node in model.graph if node.name == "it")
-    own = stored.decode(model, node.inputs[1])  # type: ignore[arg-type]
+    own = decode(model, node.inputs[1])  # type: ignore[arg-type]
     (measured,) = record.measurements
     is_integer = case == "Conv" and group_size
     assert measured.numbers["bits"] == (8 if is_integer else 4) and bool(model.functions) != is_integer

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from graphq import ir, qdq, stored
 from graphq.errors import RecipeError, TargetError
-from graphq.executor import Executor
+from graphq.executor import Executor, decode
 
 GOLDEN = Path(__file__).parent / "golden" / "residual_expand"
 TEXT = '<ir_version: 10, opset_import: ["" : 21]>\n'
@@ -92,7 +92,7 @@ def test_zeros_and_sizes(layer: Layer, after: Callable[..., Any]) -> None:
     shares = []
     for gamma in (0.25, 1.0):
         model, _ = after(reference, x, f"residual-expand: {{gamma: {gamma}}}")
-        weight = stored.decode(model, next(node for node in model.graph if node.name == "it").inputs[1])  # type: ignore[arg-type]
+        weight = decode(model, next(node for node in model.graph if node.name == "it").inputs[1])  # type: ignore[arg-type]
         assert not weight[sparse == 0].any() and weight[sparse != 0].any()
         before, made = qdq.quantized_weight_bytes(model)
         shares.append(made / before)
