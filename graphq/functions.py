@@ -40,10 +40,7 @@ def inline_quantizers(model: ir.Model) -> None:
 
     TensorRT's parser names a quantizer after its output, and refuses the second of one name: such a body can be called only once.
     """
-    from onnx_ir.passes.common import InlinePass
-
     quantizers = {"QuantizeLinear", "DequantizeLinear"}
-    chosen = {key for key, function in model.functions.items()
-              if function.domain == ir.DOMAIN and function.name not in ops.OPERATORS and any(node.op_type in quantizers for node in function)}  # fmt: skip
-    if chosen:
-        InlinePass(lambda function: function.identifier() in chosen)(model)
+    own = {key: function for key, function in model.functions.items() if key[0] == ir.DOMAIN and key[1] not in ops.OPERATORS}
+    chosen = {key for key, function in own.items() if any(node.op_type in quantizers for node in function)}
+    ir.inline(model, lambda function: function.identifier() in chosen)
