@@ -21,9 +21,10 @@ from graphq.spec import ModelInput
 
 __all__ = [
     "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute",
-    "clone", "constant", "constant_shape", "describe", "inline", "from_onnx_text", "function_from_text", "inputs", "is_constant", "is_float",
-    "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside", "producer",
-    "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name", "weight_bytes",
+    "clone", "constant", "constant_shape", "describe", "from_onnx_text", "function_from_text", "inline", "inputs", "is_constant",
+    "is_float", "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside",
+    "producer", "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name",
+    "weight_bytes",
 ]  # fmt: skip
 
 DOMAIN = "graphq"
