@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import graphq
-from graphq import accuracy, gates, half, ir, kernels_used, notes, report, targets, verify
+from graphq import accuracy, functions, gates, half, ir, kernels_used, notes, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
@@ -92,6 +92,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
                           memory_budget=memory_budget, progress=progress, keep=keep)  # fmt: skip
         with clock("passes"):
             records = run_passes(plan.passes, ctx, verify.verify_graph, partial(_require_parsed, target=goal))
+        if goal.builds_engines:
+            functions.inline_quantizers(ctx.model)
         with clock("verify"):
             targets.require_legal(ctx.model, goal)
             if emit == "onnx":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graphq import ir
+from graphq import ir, ops
 from graphq.editor import Editor
 from graphq.errors import ModelError
 
@@ -33,3 +33,14 @@ def call(edit: Editor, body: str, anchor: ir.Node | None, values: Sequence[ir.Va
             hint="compress the original model, not one that an older version of graphq wrote",
         )  # fmt: skip
     return edit.insert(anchor, function.name, values, domain=ir.DOMAIN, output=output, like=like, after=after)
+
+
+def inline_quantizers(model: ir.Model) -> None:
+    """Put the bodies that quantize or dequantize in the place of their calls, but those of operators that kernels compute.
+
+    TensorRT's parser names a quantizer after its output, and refuses the second of one name: such a body can be called only once.
+    """
+    quantizers = {"QuantizeLinear", "DequantizeLinear"}
+    own = {key: function for key, function in model.functions.items() if key[0] == ir.DOMAIN and key[1] not in ops.OPERATORS}
+    chosen = {key for key, function in own.items() if any(node.op_type in quantizers for node in function)}
+    ir.inline(model, lambda function: function.identifier() in chosen)

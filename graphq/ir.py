@@ -5,7 +5,7 @@ This module and `ir_files` alone import onnx_ir.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,10 @@ from graphq.spec import ModelInput
 
 __all__ = [
     "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute",
-    "clone", "constant", "constant_shape", "describe", "from_onnx_text", "function_from_text", "inputs", "is_constant", "is_float",
-    "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside", "producer",
-    "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name", "weight_bytes",
+    "clone", "constant", "constant_shape", "describe", "from_onnx_text", "function_from_text", "inline", "inputs", "is_constant",
+    "is_float", "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside",
+    "producer", "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name",
+    "weight_bytes",
 ]  # fmt: skip
 
 DOMAIN = "graphq"
@@ -303,6 +304,14 @@ def is_same_function(a: Function, b: Function) -> bool:
     """Whether two functions take, compute and return the same, name by name."""
     one, other = (onnx_ir.serde.serialize_function(function) for function in (a, b))
     return (one.input, one.output, one.node) == (other.input, other.output, other.node)
+
+
+def inline(model: Model, is_chosen: Callable[[Function], bool]) -> None:
+    """Put the bodies of the functions that are chosen in the place of their calls."""
+    from onnx_ir.passes.common import InlinePass
+
+    if any(map(is_chosen, model.functions.values())):
+        InlinePass(is_chosen)(model)
 
 
 @contextmanager

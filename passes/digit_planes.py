@@ -14,11 +14,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, planes
-from graphq.errors import TargetError
+from graphq import ir, linear, planes, precision
 from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
+from graphq.passes import _weight_formats
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.precision import Bits
 from graphq.quantizers import QParams, Uniform
 from graphq.spec import PerAxis, PerGroup, QuantSpec
 from graphq.targets import Target
@@ -46,15 +47,17 @@ class DigitPlanes(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        if "uint2" not in target.storage:
-            raise TargetError(f"{target.name} does not take uint2 weights.", where=f"pass {self.name}",
-                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
+        _weight_formats.require_stored(self.name, "uint2", target, "2 bits a plane")
         reasons = [self._refusal(node) for node in self._nodes(model)]
         if not self.allow_no_effect and None not in reasons:
             raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(planes.OPSET)
+        if any(self._refusal(node) is None for node in self._nodes(model)):
+            ctx.edit.raise_opset(planes.OPSET)  # may replace nodes
+        for node in ir.all_nodes(model):
+            if node.graph is not model.graph and not node.domain and node.op_type in self.op_types:
+                ctx.skip(node, "it lies in a subgraph")
         decoded: dict[tuple[ir.Value, int], ir.Value] = {}
         for node in self._nodes(model):
             if reason := self._refusal(node):
@@ -72,14 +75,18 @@ class DigitPlanes(Pass):
         return [node for node in model.graph if not node.domain and node.op_type in self.op_types and node.op_type in linear.LINEAR_OPS]
 
     def _refusal(self, node: ir.Node) -> str | None:
-        return "excluded by the recipe" if is_excluded(node, self.exclude) else linear.linear_refusal(node)
+        if is_excluded(node, self.exclude):
+            return "excluded by the recipe"
+        if reason := linear.linear_refusal(node):
+            return reason
+        return "a float weight was asked for it" if precision.asked(node, Bits(8, None)).weight is None else None
 
     def _store(self, node: ir.Node, value: ir.Value, ctx: PassContext) -> ir.Value:
         """The float value that stands for the weight `value` of `node` from now on."""
         weight = ir.constant(value)
         assert weight is not None
         axis = linear.in_axis(node)
-        if self.group_size and weight.ndim == 2 and weight.shape[axis] % self.group_size == 0:
+        if self.group_size and _weight_formats.not_grouped(node, self.group_size, whole=True) is None:
             spec = QuantSpec(8, signed=False, symmetric=False, granularity=PerGroup(axis, self.group_size))
             grouped = (*weight.shape[:axis], -1, self.group_size, *weight.shape[axis + 1 :])
         else:

@@ -12,17 +12,17 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from graphq import codebooks, ir, linear, precision
+from graphq import codebooks, ir, linear
 from graphq.editor import Editor
 from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.noise import decibel
-from graphq.passes import _bias, _block_transform, _layer_rows, _round_math
+from graphq.passes import _bias, _block_transform, _layer_rows, _round_math, _weight_formats
 from graphq.passes import _block_transform_math as math
 from graphq.passes import _higgs_math as higgs
 from graphq.passes._layer_rows import Layer
 from graphq.passes._sums import Sums
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.precision import Bits
+from graphq.spec import QuantSpec
 from graphq.targets import Target
 
 LEAST = 16
@@ -65,44 +65,44 @@ class Higgs(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        reasons = [self._refusal(model, node) for node in _layer_rows.candidates(model)]
-        if not self.allow_no_effect and all(reasons):
-            raise nothing_to_quantize(map(str, reasons), "at least one MatMul, Gemm or Conv with a constant float32 weight")
+        formats = [self._format(model, node, target) for node in _layer_rows.candidates(model)]
+        if not self.allow_no_effect and all(isinstance(reason, str) for reason in formats):
+            raise nothing_to_quantize(map(str, formats), "at least one MatMul, Gemm or Conv with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(OPSET)
-        layers = dict[ir.Node, math.Transform]()
+        formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
+        opsets = [QuantSpec(spec.bits * self.numbers).opset for spec in formats if isinstance(spec, QuantSpec)]
+        if opsets:
+            ctx.edit.raise_opset(max(OPSET, *opsets))  # may replace nodes
+        layers, bits = dict[ir.Node, math.Transform](), dict[ir.Node, int]()
         for node in _layer_rows.candidates(model):
-            if reason := self._refusal(model, node):
-                ctx.skip(node, reason)
+            spec = self._format(model, node, ctx.target)
+            if isinstance(spec, str):
+                ctx.skip(node, spec)
             else:
-                layers[node] = self._transform(node)
+                layers[node], bits[node] = self._transform(node), spec.bits
         moved = self._move(model, layers, ctx) if self.where == "activations" else set()
         if self.rounding == "greedy":
             for step in ctx.sweep(list(layers), self.samples or None):
                 sums = sum(_layer_rows.collect(step, ctx.seed), start=_nothing(step.node))
-                self._store(step.node, layers[step.node], sums, ctx, is_moved=step.node in moved)
+                self._store(step.node, layers[step.node], bits[step.node], sums, ctx, is_moved=step.node in moved)
         else:
             for node, transform in layers.items():
-                self._store(node, transform, None, ctx, is_moved=node in moved)
+                self._store(node, transform, bits[node], None, ctx, is_moved=node in moved)
         ctx.edit.prune()
 
-    def _refusal(self, model: ir.Model, node: ir.Node) -> str | None:
+    def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
+        """What says how many bits a weight of `node` gets, or why it stays float."""
         if reason := _layer_rows.refusal(model, node, self.exclude):
             return reason
-        if self._bits(node) is None:
-            return "a float weight was asked for it"
         if node.op_type == "Conv" and ir.attribute(node, "group", 1) != 1:
             return "it is a convolution of several groups"
         if self._group(node) is None:
             return f"its {_inputs(node)} inputs cannot be divided into groups of {LEAST} to {self.group_size}"
-        return None
+        return _weight_formats.storable(self.name, node, self.bits, target, numbers=self.numbers)
 
     def _group(self, node: ir.Node) -> int | None:
         return math.best_block(_inputs(node), self.group_size, LEAST, self.numbers)
-
-    def _bits(self, node: ir.Node) -> int | None:
-        return precision.asked(node, Bits(self.bits, None)).weight
 
     def _transform(self, node: ir.Node) -> math.Transform:
         group = self._group(node)
@@ -119,15 +119,16 @@ class Higgs(Pass):
                 done.update(nodes)
         return done
 
-    def _store(self, node: ir.Node, transform: math.Transform, sums: Sums | None, ctx: PassContext, *, is_moved: bool) -> None:
+    def _store(self, node: ir.Node, transform: math.Transform, bits: int, sums: Sums | None, ctx: PassContext, *,
+               is_moved: bool) -> None:  # fmt: skip
         """Put codes in the place of the weight; what that does to the mean of the output goes into the bias, where there is one."""
-        layer, book = Layer(node), higgs.grid(self._bits(node) or self.bits, self.numbers)
+        layer, book = Layer(node), higgs.grid(bits, self.numbers)
         weight = layer.weight()
         rows = weight[0].astype(np.float64) if is_moved else transform.undo(weight[0].T.astype(np.float64)).T
         if sums is None:
             coded = higgs.nearest(rows, book, transform.block)
             power, noise = float(np.sum(rows**2)), float(np.sum((coded.decode() - rows) ** 2))
-            ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=self._bits(node) or self.bits)
+            ctx.measure(node.name or "", weight_sqnr_db=decibel(power, noise), bits=bits)
         else:
             takes_mean = _bias.can_shift(node)
             gram = sums.centred_gram[0] if takes_mean else sums.gram[0]
@@ -138,7 +139,7 @@ class Higgs(Pass):
             if takes_mean:
                 _bias.shift(ctx.edit, node, sums.mean_lack.reshape(-1))
                 sums = sums.moved(np.zeros(weight.shape), sums.mean_lack)
-            ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), bits=self._bits(node) or self.bits)
+            ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), bits=bits)
         value = codebooks.insert(ctx.edit, node, coded)
         if not is_moved:
             _decode(ctx.edit, node, value, transform)

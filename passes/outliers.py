@@ -7,23 +7,20 @@ time are those of the float model.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from graphq import codebooks, functions, ir, linear, precision, qdq
+from graphq import codebooks, functions, ir, linear
 from graphq.codebooks import Codebook, Coded
-from graphq.errors import TargetError
 from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.passes import _layer_rows, _weight_formats
 from graphq.passes import _outliers_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.precision import Bits
-from graphq.spec import PerAxis, PerGroup, QuantSpec
+from graphq.spec import QuantSpec
 from graphq.targets import Target
 
 PATCH = """PatchedWeight (weight, steps, missing) => (patched) {
@@ -48,7 +45,8 @@ class Outliers(Pass):
 
     Attributes:
         bits: Width of a weight, unless its layer asks for another.
-        group_size: One scale for so many consecutive weights along the reduction axis; 0, and for convolutions, one an output channel.
+        group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel, as convolutions
+            get, and weights that are not a multiple of it.
         sigmas: Weights farther from 0 than so many deviations of their output channel are kept.
         most: Share of a layer's weights that may be kept; each costs 24 bits.
         exclude: Patterns of node names (or operator types) that stay float.
@@ -64,40 +62,33 @@ class Outliers(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        if QuantSpec(self.bits).storage not in target.storage:
-            raise TargetError(f"{target.name} does not take {QuantSpec(self.bits).storage} weights.", where=f"pass {self.name}",
-                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
-        reasons = [self._format(model, node) for node in _layer_rows.candidates(model)]
+        reasons = [self._format(model, node, target) for node in _layer_rows.candidates(model)]
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise nothing_to_quantize(map(str, reasons), "at least one layer with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        found = [self._format(model, node) for node in _layer_rows.candidates(model)]
+        found = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
         ctx.edit.raise_opset(max((spec.opset for spec in found if isinstance(spec, QuantSpec)), default=0))  # may replace nodes
         for node in _layer_rows.candidates(model):
-            spec = self._format(model, node)
+            spec = self._format(model, node, ctx.target)
             if isinstance(spec, str):
                 ctx.skip(node, spec)
             else:
                 self._store(ctx, node, spec)
         ctx.edit.prune()
 
-    def _format(self, model: ir.Model, node: ir.Node) -> QuantSpec | str:
+    def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
         """What the weight of `node` becomes, or why it stays float."""
         if reason := _layer_rows.refusal(model, node, self.exclude):
             return reason
-        bits = precision.asked(node, Bits(self.bits, None)).weight
-        if bits is None:
-            return "a float weight was asked for it"
-        is_grouped = self.group_size and _weight_formats.not_grouped(node, self.group_size) is None
-        return qdq.spec_for_weight(node, QuantSpec(bits, granularity=PerAxis(0)), self.group_size if is_grouped else None)
+        spec = _weight_formats.storable(self.name, node, self.bits, target)
+        return spec if isinstance(spec, str) else _weight_formats.in_groups(node, spec, self.group_size, whole=True)
 
     def _store(self, ctx: PassContext, node: ir.Node, spec: QuantSpec) -> None:
         layer, index = Layer(node), linear.LINEAR_OPS[node.op_type].weight
         weight = layer.weight()
         rows = weight.reshape(-1, weight.shape[2])
-        how = replace(spec, granularity=PerGroup(1, self.group_size) if isinstance(spec.granularity, PerGroup) else PerAxis(0))
-        found = math.split(rows, how, self.sigmas, self.most)
+        found = math.split(rows, _weight_formats.of_rows(spec), self.sigmas, self.most)
         book = Codebook(np.arange(spec.qmin, spec.qmax + 1, dtype=np.float32)[:, None])
         coded = Coded(book, found.codes.astype(np.int64) - spec.qmin, found.qparams.scale.reshape(len(rows), -1))
         steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))

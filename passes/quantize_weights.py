@@ -7,19 +7,19 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from graphq import codebooks, ir, linear, precision, qdq
-from graphq.errors import TargetError
+from graphq import codebooks, ir, linear, qdq
 from graphq.exclude import is_excluded, nothing_to_quantize, require_matches
 from graphq.noise import decibel
 from graphq.passes import _tables, _weight_formats
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.precision import Bits
 from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, QuantSpec
 from graphq.targets import Target
 
-GROUP_OPSET = 21
-"""From here on DequantizeLinear knows groups."""
+OPSET = 13
+"""From here on DequantizeLinear takes a scale for each output channel."""
+
+TABLE_BITS = 4
 
 
 @pass_options
@@ -27,11 +27,13 @@ class QuantizeWeights(Pass):
     """Stores the weights of linear layers as integers with one DequantizeLinear each.
 
     Attributes:
-        bits: Width of an integer weight; 3 bits are stored in 4.
-        group_size: One scale for so many consecutive weights along the reduction axis; 0 means one an output channel.
+        bits: Width of an integer weight, unless its layer asks for another; 3 bits are stored in 4.
+        group_size: One scale for so many consecutive weights along the reduction axis, the last of which may be fewer; 0 means one an
+            output channel.
         format: Integers, or codes of a table of 16 numbers: NormalFloat (QLoRA, arXiv 2305.14314) or the 4-bit float E2M1. Those are
-            decoded when a session loads, which multiplies floats then.
-        fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped; 0 leaves them float.
+            decoded when a session loads, which multiplies floats then. A layer that asks for other than 4 bits gets integers.
+        fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped: kernels, and for codes of a table
+            those with inputs that are not a multiple of the group; 0 leaves them float.
         tables: Whether to store large embedding tables with 8 bits.
         op_types: Operator types to take.
         exclude: Patterns of node names (or operator types) that stay float.
@@ -49,30 +51,28 @@ class QuantizeWeights(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        if (storage := self._wanted.storage) not in target.storage:
-            raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
-                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
-        reasons = [self._format(node) for node in self._nodes(model)]
+        reasons = [self._format(node, target) for node in self._nodes(model)]
         if self.tables and any(_tables.lookups(model, self.exclude)):
             return
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        ctx.edit.raise_opset(max(self._wanted.opset, GROUP_OPSET if self.group_size else 0))
+        formats = [self._format(node, ctx.target) for node in self._nodes(model)]
+        ctx.edit.raise_opset(max([OPSET, *(spec.opset for spec in formats if isinstance(spec, QuantSpec))]))  # may replace nodes
         for node in [node for node in ir.all_nodes(model) if not node.domain]:
             if node.op_type in linear.NEVER_QUANTIZED:
                 ctx.skip(node, f"{node.op_type} is not quantized by any pass")
             elif node.op_type in self.op_types and node.graph is not model.graph:
                 ctx.skip(node, "it lies in a subgraph")
         if self.format == "integer" and "upright-gemm" in ctx.target.forms:
-            _weight_formats.turn(ctx.edit, [node for node in self._nodes(model) if isinstance(self._format(node), QuantSpec)])
+            _weight_formats.turn(ctx.edit, [node for node in self._nodes(model) if isinstance(self._format(node, ctx.target), QuantSpec)])
         for node in self._nodes(model):
-            spec = self._format(node)
+            spec = self._format(node, ctx.target)
             if isinstance(spec, str):
                 ctx.skip(node, spec)
                 continue
-            if spec.bits == self._wanted.bits and self.format != "integer":
+            if self.format != "integer" and spec.bits == TABLE_BITS:
                 ctx.measure(node.name or "", weight_sqnr_db=self._store_codes(ctx, node), bits=spec.bits)
                 continue
             weight = ir.constant(linear.weight_of(node))
@@ -82,10 +82,6 @@ class QuantizeWeights(Pass):
         for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
             ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
         ctx.edit.prune()
-
-    @property
-    def _wanted(self) -> QuantSpec:
-        return _spec(self.bits if self.format == "integer" else 4)
 
     def _store_codes(self, ctx: PassContext, node: ir.Node) -> float:
         """Store the weight of `node` as codes of the table that the format says; returns its SQNR in dB."""
@@ -101,17 +97,19 @@ class QuantizeWeights(Pass):
     def _nodes(self, model: ir.Model) -> list[ir.Node]:
         return [node for node in model.graph if not node.domain and node.op_type in self.op_types and node.op_type in linear.LINEAR_OPS]
 
-    def _format(self, node: ir.Node) -> QuantSpec | str:
+    def _format(self, node: ir.Node, target: Target) -> QuantSpec | str:
         """What the weight of `node` becomes, or why it stays float."""
         if is_excluded(node, self.exclude):
             return "excluded by the recipe"
         if reason := linear.linear_refusal(node):
             return reason
-        if precision.asked(node, Bits(self.bits, None)).weight is None:
-            return "a float weight was asked for it"
-        obstacle = _weight_formats.not_grouped(node, self.group_size)
+        is_integer = self.format == "integer"
+        spec = _weight_formats.storable(self.name, node, self.bits if is_integer else TABLE_BITS, target)
+        if isinstance(spec, str):
+            return spec
+        obstacle = _weight_formats.not_grouped(node, self.group_size, whole=not is_integer and spec.bits == TABLE_BITS)
         if obstacle is None:
-            return qdq.spec_for_weight(node, self._wanted, self.group_size or None)
+            return _weight_formats.in_groups(node, spec, self.group_size)
         return qdq.spec_for_weight(node, _spec(self.fallback_bits)) if self.fallback_bits else obstacle
 
 

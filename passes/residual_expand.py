@@ -12,18 +12,16 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, precision, qdq
+from graphq import ir, linear, qdq
 from graphq.editor import Editor
-from graphq.errors import TargetError
 from graphq.exclude import nothing_to_quantize, require_matches
 from graphq.noise import decibel
-from graphq.passes import _branch, _layer_rows, _residual_math
+from graphq.passes import _branch, _layer_rows, _residual_math, _weight_formats
 from graphq.passes._layer_rows import Layer
 from graphq.passes._residual_math import Order
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.precision import Bits
 from graphq.quantizers import QParams
-from graphq.spec import PerAxis, PerGroup, QuantSpec
+from graphq.spec import PerGroup, QuantSpec
 from graphq.targets import Target
 
 PAD_OPSET = 18
@@ -35,7 +33,7 @@ class ResidualExpand(Pass):
     """Stores weights as sums of quantized residuals, symmetric, so that zeros stay zero (REx, arXiv 2203.14645).
 
     Attributes:
-        bits: Width of a weight in each order.
+        bits: Width of a weight in each order, unless its layer asks for another.
         orders: Orders at most; one is rounding to nearest.
         gamma: Share of the output neurons in orders from the second on: those with the largest residuals. 0 is rounding to nearest.
         group_size: One scale for so many consecutive inputs of a matrix; without, and for convolutions, one an output channel.
@@ -52,43 +50,35 @@ class ResidualExpand(Pass):
 
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
-        if (storage := QuantSpec(self.bits).storage) not in target.storage:
-            raise TargetError(f"{target.name} does not take {storage} weights.", where=f"pass {self.name}, bits: {self.bits}",
-                              expected=f"one of {', '.join(sorted(target.storage))}")  # fmt: skip
-        reasons = [self._refusal(model, node) for node in _layer_rows.candidates(model)]
-        if not self.allow_no_effect and None not in reasons:
-            raise nothing_to_quantize(filter(None, reasons), "at least one Conv, Gemm or MatMul with a constant float32 weight")
+        formats = [self._format(model, node, target) for node in _layer_rows.candidates(model)]
+        if not self.allow_no_effect and all(isinstance(reason, str) for reason in formats):
+            raise nothing_to_quantize(map(str, formats), "at least one Conv, Gemm or MatMul with a constant float32 weight")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
-        chosen = [node.outputs[0].name for node in _layer_rows.candidates(model) if self._refusal(model, node) is None]
-        if chosen:
-            ctx.edit.raise_opset(max(PAD_OPSET, self._spec(self.bits, grouped=self.group_size is not None).opset))  # may replace nodes
+        formats = [self._format(model, node, ctx.target) for node in _layer_rows.candidates(model)]
+        opsets = [spec.opset for spec in formats if isinstance(spec, QuantSpec)]
+        if opsets:
+            ctx.edit.raise_opset(max(PAD_OPSET, *opsets))  # may replace nodes
         for node in _layer_rows.candidates(model):
-            if reason := self._refusal(model, node):
-                ctx.skip(node, reason)
+            spec = self._format(model, node, ctx.target)
+            if isinstance(spec, str):
+                ctx.skip(node, spec)
             else:
-                self._expand(node, ctx)
+                self._expand(node, _weight_formats.of_rows(spec), ctx)
         ctx.edit.prune()
 
-    def _refusal(self, model: ir.Model, node: ir.Node) -> str | None:
-        reason = _layer_rows.refusal(model, node, self.exclude)
-        if reason is None and precision.asked(node, Bits(self.bits, None)).weight is None:
-            reason = "a float weight was asked for it"
-        return reason
+    def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
+        """What each order of the weight of `node` becomes, or why it stays float."""
+        if reason := _layer_rows.refusal(model, node, self.exclude):
+            return reason
+        spec = _weight_formats.storable(self.name, node, self.bits, target)
+        return spec if isinstance(spec, str) else _weight_formats.in_groups(node, spec, self.group_size)
 
-    def _spec(self, bits: int, *, grouped: bool) -> QuantSpec:
-        """The format of a weight's rows."""
-        granularity = PerGroup(1, self.group_size) if grouped and self.group_size is not None else PerAxis(0)
-        return QuantSpec(bits, granularity=granularity)
-
-    def _expand(self, node: ir.Node, ctx: PassContext) -> None:
+    def _expand(self, node: ir.Node, spec: QuantSpec, ctx: PassContext) -> None:
         index, value = linear.LINEAR_OPS[node.op_type].weight, linear.weight_of(node)
         assert value is not None
         shape = ir.constant_shape(value)
         rows = Layer(node).weight().reshape(shape[linear.out_axis(node)], -1)
-        grouped = self.group_size is not None and len(shape) == 2 and self.group_size < rows.shape[1]
-        bits = precision.asked(node, Bits(self.bits, None)).weight or self.bits
-        spec = self._spec(bits, grouped=grouped)
         found, rest = _residual_math.expand(rows, spec, self.orders, self.gamma)
         if qdq.is_quantized(linear.data_of(node)) and ir.attribute(node, "group", 1) == 1:
             for order in found[1:]:
@@ -102,7 +92,7 @@ class ResidualExpand(Pass):
                 total = ctx.edit.insert(node, "Add", [total, part], output=f"{value.name}_sum", like=value)
             ctx.edit.rewire(node, index, total)
         power, kept = float(np.sum(rows.astype(np.float64) ** 2)), sum(len(order.rows) for order in found) / len(rows)
-        ctx.measure(node.name or "", weight_sqnr_db=decibel(power, float(np.sum(rest**2))), bits=bits * kept)
+        ctx.measure(node.name or "", weight_sqnr_db=decibel(power, float(np.sum(rest**2))), bits=spec.bits * kept)
 
 
 def _multiply(node: ir.Node, order: Order, spec: QuantSpec, rows: np.ndarray, ctx: PassContext) -> None:

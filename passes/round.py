@@ -6,13 +6,12 @@ from the same sums. See `_round_math` for the algorithms.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, precision, qdq
+from graphq import ir, linear, qdq
 from graphq.errors import TargetError
 from graphq.exclude import require_matches
 from graphq.noise import decibel
@@ -23,9 +22,8 @@ from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import Rounded
 from graphq.passes._sums import Sums
 from graphq.pipeline import Pass, PassContext, pass_options
-from graphq.precision import Bits
 from graphq.quantizers import QParams
-from graphq.spec import Granularity, PerAxis, PerGroup, QuantSpec
+from graphq.spec import PerGroup, QuantSpec
 from graphq.sweep import SweepStep
 from graphq.targets import Target
 
@@ -68,9 +66,9 @@ class Round(Pass):
                 f"{target.name} refuses zero points other than 0.", where=f"pass {self.name}, symmetric: false",
                 expected="symmetric: true, or none given",
             )  # fmt: skip
-        for bits in [self.bits, *(self._bits(node) for node in _layer_rows.candidates(model))]:
-            if bits is not None:
-                self._spec(bits, target)
+        for node in _layer_rows.candidates(model):
+            if _layer_rows.refusal(model, node, self.exclude) is None:
+                self._stored(node, target)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         if "upright-gemm" in ctx.target.forms:
@@ -91,32 +89,18 @@ class Round(Pass):
             self._round(step, specs[step.node], ctx)
         ctx.edit.prune()
 
-    def _bits(self, node: ir.Node) -> int | None:
-        return precision.asked(node, Bits(self.bits, None)).weight
-
-    def _spec(self, bits: int, target: Target) -> QuantSpec:
-        """The format of `bits`, with one scale for each of axis 0. Raises TargetError where the target does not store it."""
+    def _stored(self, node: ir.Node, target: Target) -> QuantSpec | str:
         symmetric = target.symmetric_only if self.symmetric is None else self.symmetric
-        spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, granularity=PerAxis(0))
-        if spec.storage not in target.storage:
-            raise TargetError(
-                f"{target.name} does not take {spec.storage} weights.", where=f"pass {self.name}, {bits} bits",
-                expected=f"one of {', '.join(sorted(target.storage))}",
-            )  # fmt: skip
-        return spec
+        return _weight_formats.storable(self.name, node, self.bits, target, symmetric=symmetric)
 
     def _format(self, model: ir.Model, node: ir.Node, target: Target) -> QuantSpec | str:
         """What the weight of `node` becomes, or why it stays float."""
-        bits = self._bits(node)
         if reason := _layer_rows.refusal(model, node, self.exclude):
             return reason
-        if bits is None:
-            return "a float weight was asked for it"
         if self.layers == "quantized" and not qdq.is_quantized(linear.data_of(node)):
             return "its input is not quantized"
-        shape = ir.constant_shape(linear.weight_of(node))
-        is_grouped = self.group_size is not None and len(shape) == 2 and self.group_size < shape[linear.in_axis(node)]
-        return qdq.spec_for_weight(node, self._spec(bits, target), self.group_size if is_grouped else None)
+        spec = self._stored(node, target)
+        return spec if isinstance(spec, str) else _weight_formats.in_groups(node, spec, self.group_size)
 
     def _round(self, step: SweepStep, spec: QuantSpec, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
@@ -124,7 +108,7 @@ class Round(Pass):
         train, held = _layer_rows.collect(step, ctx.seed)
         weight, shift, numbers = layer.weight(), np.zeros(held.lack.shape), {"bits": float(spec.bits)}
         takes_mean, sums = self.correct_bias and has_bias, train + held
-        how = replace(spec, granularity=_of_rows(spec.granularity))
+        how = _weight_formats.of_rows(spec)
         if self.repair:
             found = aqer.refit(weight, train, held, aqer.ALPHAS, with_bias=has_bias, takes_mean=takes_mean,
                                store=lambda weight: self._rounded(weight, train, how, takes_mean).weight)  # fmt: skip
@@ -144,11 +128,6 @@ class Round(Pass):
         """`weight` [G, any number of outputs, D] for the rows that `sums` are of; `spec` speaks of its rows."""
         gram = math.damped(sums.centred_gram if takes_mean else sums.gram, sums.count)
         return math.rounded(weight, gram, spec, self.algorithm, is_clipped=self.scales == "mse")
-
-
-def _of_rows(granularity: Granularity) -> Granularity:
-    """`granularity` for the weight as rows [G * O, D]."""
-    return PerGroup(1, granularity.size) if isinstance(granularity, PerGroup) else PerAxis(0)
 
 
 def _store(ctx: PassContext, layer: Layer, spec: QuantSpec, rounded: Rounded) -> None:

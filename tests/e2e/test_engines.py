@@ -173,3 +173,22 @@ def test_branches_and_residuals(case: str, tmp_path: Path) -> None:
     calib = {"input": digits.calibration(32)}
     report = graphq.convert(onnx_path("digits_vit"), out, recipe=recipe, calib=calib, target="tensorrt-rtx", emit="engine")
     assert out.read_bytes().startswith(b"vtrt") and report.quantized["MatMul"] >= 16
+
+
+CODES_OF_TABLES = {
+    "nf4": "- quantize-weights: {format: nf4, group_size: 32}",
+    "outliers": "- outliers",
+    "higgs": "- higgs: {bits: 4}",
+    "higgs at run time": "- higgs: {bits: 4, where: activations}",
+}
+
+
+@pytest.mark.parametrize("case", CODES_OF_TABLES)
+def test_several_layers_with_codes_of_a_table(case: str, tmp_path: Path) -> None:
+    """Bodies of functions that dequantize are put in place: the parser takes each of them once only."""
+    recipe, out = parse_recipe(f"passes:\n- normalize\n{CODES_OF_TABLES[case]}\n", case), tmp_path / "m.engine"
+    arguments = {"recipe": recipe, "calib": {"input": digits.calibration(32)}, "target": "tensorrt-rtx"}
+    report = graphq.convert(onnx_path("digits_vit"), out, emit="engine", **arguments)
+    assert out.read_bytes().startswith(b"vtrt") and report.quantized["MatMul"] >= 16 and report.comparison[0].sqnr_db > 15
+    graphq.convert(onnx_path("digits_vit"), tmp_path / "m.onnx", **arguments)
+    assert not {name for name in ir.load(tmp_path / "m.onnx").functions if name[1] == "LookupWeight"}

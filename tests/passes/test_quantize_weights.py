@@ -156,7 +156,8 @@ REFUSED: dict[str, tuple[str, dict[str, np.ndarray], dict[str, Any], str]] = {
     "quantized": ("w = DequantizeLinear(q, s) [it] y = MatMul(x, w)", {"q": np.ones((6, 4), np.int8), "s": np.float32(2)},
                   {}, "quantized already"),
     "excluded": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"exclude": ("i?",)}, "excluded by the recipe"),
-    "groups": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"group_size": 4}, "its 6 inputs are not a multiple of the group size 4"),
+    "groups": ("[it] y = MatMul(x, w)", {"w": floats(6, 4)}, {"group_size": 4, "format": "nf4"},
+               "its 6 inputs are not a multiple of the group size 4"),
     "kernel": ("[it] y = Conv(x, w)", {"w": floats(4, 6, 1)}, {"group_size": 2}, "kernel positions"),
 }  # fmt: skip
 
@@ -233,14 +234,35 @@ def test_old_operator_sets_are_raised_for_groups() -> None:
 
 
 @pytest.mark.parametrize("fallback", [0, 8])
-def test_weights_that_cannot_be_grouped(fallback: int) -> None:
-    """With a fallback they get 8 bits and one scale a channel; without one they stay float, for the reason given."""
+@pytest.mark.parametrize("form", ["integer", "nf4"])
+def test_weights_that_cannot_be_grouped(form: str, fallback: int) -> None:
+    """With a fallback they get 8 bits and one scale a channel; without one they stay float, for the reason given. Integers need no
+    whole groups."""
     text = "g (float[N, 4, 3, 3] x) => (float[] y) { [conv] a = Conv(x, w) f = Flatten(a) [odd] h = Gemm(f, v) [fc] y = Gemm(h, u) }"
     proto = build(text, w=floats(8, 4, 3, 3), v=floats(8, 64), u=floats(64, 4))
-    model, record = quantize(proto, bits=4, group_size=16, fallback_bits=fallback)
-    kinds = {name: node and str(node.inputs[0].dtype) for name, node in layers(model).items()}  # type: ignore[union-attr]
-    assert kinds == {"conv": fallback and "INT8" or None, "odd": fallback and "INT8" or None, "fc": "INT4"}
-    assert len(record.skipped) == (0 if fallback else 2)
+    model, record = quantize(proto, bits=4, format=form, group_size=16, fallback_bits=fallback)
+    kinds = {node.name: str(stored.parts(node.inputs[1])[0].dtype) for node in model.graph if node.op_type in linear.LINEAR_OPS}
+    other = "INT8" if fallback else "FLOAT"
+    assert kinds == {"conv": other, "odd": "INT4" if form == "integer" else other, "fc": "INT4"}
+    assert len(record.skipped) == (0 if fallback else 1 + (form == "nf4"))
+
+
+@pytest.mark.parametrize("shape", [(72, 24), (40, 24), (20, 24)])
+@pytest.mark.parametrize("body", ["MatMul(x, w)", "Gemm <transB = 1> (x, w)"])
+def test_the_last_group_may_be_smaller(body: str, shape: tuple[int, int]) -> None:
+    """Both engines compute with its codes (1e-5); below one group there is one scale an output channel."""
+    weight, wide = floats(*shape) * np.geomspace(1, 8, shape[0])[:, None].astype(np.float32), shape[0] >= 32
+    proto = build(f"g (float[N, {shape[0]}] x) => (float[] y) {{ [it] y = {body} }}", w=weight.T if "transB" in body else weight)
+    model, record = quantize(proto, bits=4, group_size=32)
+    maker = layers(model)["it"]
+    assert maker is not None and ("block_size" in maker.attributes) == wide
+    assert ir.constant_shape(maker.inputs[1]) == ((-(-shape[0] // 32), 24) if wide else (24,))
+    feeds = {"x": floats(5, shape[0])}
+    made, expected = Executor(model).run(feeds)[0], ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)[0]
+    np.testing.assert_allclose(made, expected, atol=1e-5 * np.abs(expected).max())
+    own = stored.decode(model, maker.outputs[0])
+    lost = 10 * np.log10(np.sum(weight**2) / np.sum((weight - own) ** 2))
+    assert record.measurements[0].numbers["weight_sqnr_db"] == pytest.approx(lost, abs=1e-3) and lost > 15
 
 
 @pytest.mark.parametrize("options", [{"bits": 5}, {"bits": 16}, {"group_size": -1}, {"group_size": 2000}, {"groups": 32}])

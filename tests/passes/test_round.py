@@ -155,11 +155,12 @@ def test_both_engines_agree(case: str, algorithm: str) -> None:
     assert measured.numbers["sqnr_db"] == pytest.approx(-10 * np.log10(error(ctx, x)), abs=0.3)
 
 
-def test_a_group_as_large_as_the_inputs_is_a_channel() -> None:
+@pytest.mark.parametrize("group_size", [48, 49])
+def test_a_group_larger_than_the_inputs_is_a_channel(group_size: int) -> None:
     reference, x, _ = layer("MatMul")
     ctx = context(reference, x)
-    apply(ctx, Round(group_size=48))
-    assert "block_size" not in stored(ctx)["it"].attributes
+    apply(ctx, Round(group_size=group_size))
+    assert ("block_size" in stored(ctx)["it"].attributes) == (group_size == 48)
 
 
 def test_the_result_is_the_same_each_time() -> None:
