@@ -3,6 +3,9 @@
 What is kept is stored with 3 bytes a weight (a step from the one before, and a float16 of what the code lacks there), and put in by a
 function of standard operators that ONNX Runtime evaluates once, at load. It multiplies floats then: the file is small, memory and
 time are those of the float model.
+
+Its codes have no zero points. Where those serve a layer better than exceptions do (most often in small groups), it is left to
+`quantize-weights` or `round` behind this pass.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from graphq.passes import _outliers_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.precision import Bits
+from graphq.quantizers import Uniform
 from graphq.spec import PerAxis, PerGroup, QuantSpec
 from graphq.targets import Target
 
@@ -98,6 +102,9 @@ class Outliers(Pass):
         rows = weight.reshape(-1, weight.shape[2])
         how = replace(spec, granularity=PerGroup(1, self.group_size) if isinstance(spec.granularity, PerGroup) else PerAxis(0))
         found = math.split(rows, how, self.sigmas, self.most)
+        if found.noise >= (nearest := _noise_of_nearest(rows, how, ctx.target)):
+            loss = f"{decibel(found.power, found.noise):.1f} dB against {decibel(found.power, nearest):.1f}"
+            return ctx.skip(node, f"rounding to nearest, with zero points, is as good without exceptions: {loss}")
         book = Codebook(np.arange(spec.qmin, spec.qmax + 1, dtype=np.float32)[:, None])
         coded = Coded(book, found.codes.astype(np.int64) - spec.qmin, found.qparams.scale.reshape(len(rows), -1))
         steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))
@@ -108,3 +115,9 @@ class Outliers(Pass):
             ctx.edit.rewire(node, index, patched)
         kept = np.count_nonzero(found.missing)
         ctx.measure(node.name or "", weight_sqnr_db=decibel(found.power, found.noise), bits=spec.bits, kept=kept / weight.size)
+
+
+def _noise_of_nearest(rows: np.ndarray, spec: QuantSpec, target: Target) -> float:
+    """What `rows` lose by rounding to nearest in the best plain format of the target: min-max, with zero points if it takes them."""
+    plain = Uniform(replace(spec, signed=target.symmetric_only, symmetric=target.symmetric_only))
+    return float(np.sum(np.square(plain.fake_quantize(rows, plain.fit_weight(rows)) - rows), dtype=np.float64))
