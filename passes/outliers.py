@@ -4,8 +4,9 @@ What is kept is stored with 3 bytes a weight (a step from the one before, and a 
 function of standard operators that ONNX Runtime evaluates once, at load. It multiplies floats then: the file is small, memory and
 time are those of the float model.
 
-Its codes have no zero points. Where those serve a layer better than exceptions do (most often in small groups), it is left to
-`quantize-weights` or `round` behind this pass.
+Its codes have no zero points. Where exceptions gain too little over a plain format that has them (most often in small groups), the
+layer is left to `quantize-weights` or `round` behind this pass. A smaller error of weights is no promise for the model's: a Llama of
+width 64, 4 bits in groups of 32, has a perplexity of 6.160 with the layers that gain 1 dB, 6.145 when all are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Outliers(Pass):
         group_size: One scale for so many consecutive weights along the reduction axis; 0, and for convolutions, one an output channel.
         sigmas: Weights farther from 0 than so many deviations of their output channel are kept.
         most: Share of a layer's weights that may be kept; each costs 24 bits.
+        min_gain_db: What the error of a weight must gain over the best format for rounding to nearest that the target has.
         exclude: Patterns of node names (or operator types) that stay float.
     """
 
@@ -64,6 +66,7 @@ class Outliers(Pass):
     group_size: Annotated[int, Field(ge=0, le=1024)] = 0
     sigmas: Annotated[float, Field(gt=0)] = 3.0
     most: Annotated[float, Field(ge=0, le=0.1)] = 0.01
+    min_gain_db: Annotated[float, Field(ge=0)] = 1.0
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
@@ -102,9 +105,9 @@ class Outliers(Pass):
         rows = weight.reshape(-1, weight.shape[2])
         how = replace(spec, granularity=PerGroup(1, self.group_size) if isinstance(spec.granularity, PerGroup) else PerAxis(0))
         found = math.split(rows, how, self.sigmas, self.most)
-        if found.noise >= (nearest := _noise_of_nearest(rows, how, ctx.target)):
-            loss = f"{decibel(found.power, found.noise):.1f} dB against {decibel(found.power, nearest):.1f}"
-            return ctx.skip(node, f"rounding to nearest, with zero points, is as good without exceptions: {loss}")
+        gain = decibel(_noise_of_nearest(rows, how, ctx.target), found.noise)
+        if gain < self.min_gain_db:
+            return ctx.skip(node, f"keeping outliers gains {gain:.2f} dB over rounding to nearest, of {self.min_gain_db:g} asked")
         book = Codebook(np.arange(spec.qmin, spec.qmax + 1, dtype=np.float32)[:, None])
         coded = Coded(book, found.codes.astype(np.int64) - spec.qmin, found.qparams.scale.reshape(len(rows), -1))
         steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))
