@@ -34,7 +34,7 @@ from measure import text_quality
 from peers import WORK, ask, environment, prepare
 
 import graphq
-from graphq.recipe import builtin_recipes, parse_recipe, recipe_text
+from graphq.recipe import parse_recipe, recipe_text
 
 MINILM, LLAMA = "minilm_l6_stsb", "aidreams260k_llama"
 MODELS = (VIT, MINILM, LLAMA)
@@ -56,28 +56,41 @@ def plain(bits: int, group: int, form: str = "integer") -> str:
     return made(f"quantize-weights: {{bits: {bits}, group_size: {group}, fallback_bits: 8, tables: false, format: {form}}}")
 
 
-NAMES = (
-    *("int8-weight-only", "int4-weight-only", "w4a16-gptq", "w4a16-gptq-g32", "w4a16-awq"),
-    *("higgs-3bit", "higgs-4bit", "w4a16-rsq", "svd-w4a16", "w4a16-lorc", "rex", "nested-8-6-4-2"),
-)
+def outliers(bits: int, group: int) -> str:
+    """Where keeping outliers does not pay, to nearest."""
+    how = f"bits: {bits}, group_size: {group}"
+    return made(
+        f"outliers: {{{how}, allow_no_effect: true}}",
+        f"quantize-weights: {{{how}, fallback_bits: 8, tables: false, allow_no_effect: true}}",
+    )
+
+
+NAMES = ("int8-weight-only", "int4-weight-only", "w4a16-gptq", "w4a16-gptq-g32", "w4a16-awq", "w3a16-higgs", "nested-8-6-4-2")
+SVD = "svd-branch: {rank: 16, weight_bits: 4, group_size: 64, activation_bits: null, min_gain_db: 0, allow_no_effect: true}"
+GPTQ64 = "round: {bits: 4, group_size: 64, algorithm: gptq, layers: all}"
 ROWS: list[tuple[str, str]] = [  # (what, recipe)
     ("float32", ""),
     *[
         row
-        for bits, group in ((4, 128), (4, 32), (3, 32), (2, 32))
+        for bits, group in ((4, 128), (4, 32), (3, 128), (3, 32))
         for row in (
             (f"{bits} bits, groups of {group}: to nearest, min-max", plain(bits, group)),
-            (f"{bits} bits, groups of {group}: to nearest, least squares", rounded(bits, group, "rtn")),
             (f"{bits} bits, groups of {group}: awq", rounded(bits, group, "rtn", awq=True)),
             (f"{bits} bits, groups of {group}: gptq", rounded(bits, group, "gptq")),
-            (f"{bits} bits, groups of {group}: awq and gptq", rounded(bits, group, "gptq", awq=True)),
             (f"{bits} bits, groups of {group}: greedy", rounded(bits, group, "greedy")),
-            (f"{bits} bits, groups of {group}: outliers kept", made(f"outliers: {{bits: {bits}, group_size: {group}}}")),
         )
     ],
-    ("nf4, groups of 32", plain(4, 32, "nf4")),
-    ("fp4, groups of 32", plain(4, 32, "fp4")),
-    *((f"recipe {name}", recipe_text(name)) for name in NAMES if name in builtin_recipes()),
+    ("4 bits, groups of 32: awq and gptq", rounded(4, 32, "gptq", awq=True)),
+    ("4 bits, groups of 128: outliers kept", outliers(4, 128)),
+    ("4 bits, groups of 32: outliers kept", outliers(4, 32)),
+    ("4 bits, groups of 32: nf4", plain(4, 32, "nf4")),
+    ("4 bits, groups of 32: fp4", plain(4, 32, "fp4")),
+    ("4 bits, groups of 64: gptq", made(GPTQ64)),
+    ("4 bits, groups of 64: rotate and gptq", made("rotate: {allow_no_effect: true}", GPTQ64)),
+    ("4 bits, groups of 64: gptq and lorc, rank 16", made(GPTQ64, "lorc: {rank: 16, min_gain_db: 0, allow_no_effect: true}")),
+    ("4 bits, groups of 64: svd-branch, rank 16, and gptq", made(SVD, GPTQ64)),
+    ("residual-expand, 2 orders of 4 bits", made("residual-expand: {bits: 4, orders: 2}")),
+    *((f"recipe {name}", recipe_text(name)) for name in NAMES),
 ]
 
 

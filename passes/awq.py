@@ -4,6 +4,7 @@ For layers whose weights alone will be quantized (`round` or `quantize-weights` 
 disappears into the normalization before the layer, or into the layer behind the attention or Relu that it reads; elsewhere it
 costs one element-wise Mul, and has to gain more. It helps rounding to nearest; GPTQ behind it gains nothing from it (MiniLM, groups of
 32, cosine: 0.9781 to 0.9811 to nearest, 0.9942 to 0.9939 by GPTQ), and a Llama of width 64 has no layer where it gains enough.
+A normalization whose output is also the residual (post-norm, as in MiniLM) takes no factor: the residual would need a Mul instead.
 """
 
 from __future__ import annotations

@@ -3,10 +3,15 @@
 What is kept is stored with 3 bytes a weight (a step from the one before, and a float16 of what the code lacks there), and put in by a
 function of standard operators that ONNX Runtime evaluates once, at load. It multiplies floats then: the file is small, memory and
 time are those of the float model.
+
+Its codes have no zero points. Where exceptions gain too little over a plain format that has them (most often in small groups), the
+layer is left to `quantize-weights` or `round` behind this pass. A smaller error of weights is no promise for the model's: a Llama of
+width 64, 4 bits in groups of 32, has a perplexity of 6.160 with the layers that gain 1 dB, 6.145 when all are rounded to nearest.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -20,6 +25,7 @@ from graphq.passes import _layer_rows, _weight_formats
 from graphq.passes import _outliers_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.quantizers import Uniform
 from graphq.spec import QuantSpec
 from graphq.targets import Target
 
@@ -49,6 +55,7 @@ class Outliers(Pass):
             get, and weights that are not a multiple of it.
         sigmas: Weights farther from 0 than so many deviations of their output channel are kept.
         most: Share of a layer's weights that may be kept; each costs 24 bits.
+        min_gain_db: What the error of a weight must gain over the best format for rounding to nearest that the target has.
         exclude: Patterns of node names (or operator types) that stay float.
     """
 
@@ -58,6 +65,7 @@ class Outliers(Pass):
     group_size: Annotated[int, Field(ge=0, le=1024)] = 0
     sigmas: Annotated[float, Field(gt=0)] = 3.0
     most: Annotated[float, Field(ge=0, le=0.1)] = 0.01
+    min_gain_db: Annotated[float, Field(ge=0)] = 1.0
     exclude: tuple[str, ...] = ()
 
     def precheck(self, model: ir.Model, target: Target) -> None:
@@ -88,7 +96,11 @@ class Outliers(Pass):
         layer, index = Layer(node), linear.LINEAR_OPS[node.op_type].weight
         weight = layer.weight()
         rows = weight.reshape(-1, weight.shape[2])
-        found = math.split(rows, _weight_formats.of_rows(spec), self.sigmas, self.most)
+        how = _weight_formats.of_rows(spec)
+        found = math.split(rows, how, self.sigmas, self.most)
+        gain = decibel(_noise_of_nearest(rows, how, ctx.target), found.noise)
+        if gain < self.min_gain_db:
+            return ctx.skip(node, f"keeping outliers gains {gain:.2f} dB over rounding to nearest, of {self.min_gain_db:g} asked")
         book = Codebook(np.arange(spec.qmin, spec.qmax + 1, dtype=np.float32)[:, None])
         coded = Coded(book, found.codes.astype(np.int64) - spec.qmin, found.qparams.scale.reshape(len(rows), -1))
         steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))
@@ -99,3 +111,9 @@ class Outliers(Pass):
             ctx.edit.rewire(node, index, patched)
         kept = np.count_nonzero(found.missing)
         ctx.measure(node.name or "", weight_sqnr_db=decibel(found.power, found.noise), bits=spec.bits, kept=kept / weight.size)
+
+
+def _noise_of_nearest(rows: np.ndarray, spec: QuantSpec, target: Target) -> float:
+    """What `rows` lose by rounding to nearest in the best plain format of the target: min-max, with zero points if it takes them."""
+    plain = Uniform(replace(spec, signed=target.symmetric_only, symmetric=target.symmetric_only))
+    return float(np.sum(np.square(plain.fake_quantize(rows, plain.fit_weight(rows)) - rows), dtype=np.float64))

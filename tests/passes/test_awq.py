@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from graphq.spec import PerAxis, PerGroup, QuantSpec
 from graphq.targets import get_target
 from graphq.verify import verify_graph
 
+GOLDEN = Path(__file__).parent / "golden" / "awq"
 D, WIDTH, GROUP = 64, 48, 16
 NORMED = """
 g (float[n, 8, 64] x) => (float[n, 8, 48] y, float[n, 8, 48] z) {
@@ -115,6 +118,33 @@ def test_the_factor_disappears_where_it_can(text: str, operators: list[str]) -> 
     ctx = context(text)
     run(ctx, Awq(group_size=GROUP, min_gain_db=0, min_gain_mul_db=100))
     assert [node.op_type for node in ctx.model.graph] == operators
+
+
+SMALL = {
+    "folded": "g (float[n, 4] x) => (float[n, 3] y) { t = LayerNormalization(x, gamma, beta) [q] y = MatMul(t, w) }",
+    "mul": "g (float[n, 4] x) => (float[n, 3] y) { t = Gelu(x) [fc] y = MatMul(t, w) }",
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_golden(case: str) -> None:
+    """`GRAPHQ_GOLDEN=write` writes the files anew."""
+    rng, gain = np.random.default_rng(0), np.float32([1, 2, 4, 16])
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{SMALL[case]}')
+    weights = {"gamma": gain, "beta": gain / 2, "w": rng.standard_normal((4, 3)).astype(np.float32)}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items() if name in SMALL[case])
+    model = onnx_ir.from_proto(proto)
+    data = open_calibration({"x": (rng.standard_normal((512, 4)) * gain).astype(np.float32)}, ir.inputs(model))
+    ctx = PassContext(model=model, reference=ir.clone(model), calib=data, held_out=data, target=get_target("onnxruntime"))
+    run(ctx, Awq(bits=3, min_gain_db=0, min_gain_mul_db=0))
+    rows = [f"{name}: {np.asarray(ir.constant(value), np.float64).round(3).tolist()}" for name, value in model.graph.initializers.items()]
+    rows += [f"[{node.name}] {node.outputs[0].name} = {node.op_type}({', '.join(value.name or '-' for value in node.inputs if value)})"
+             for node in model.graph]  # fmt: skip
+    path, text = GOLDEN / f"{case}.txt", "\n".join(rows) + "\n"
+    if os.environ.get("GRAPHQ_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_a_mul_has_to_gain_more() -> None:

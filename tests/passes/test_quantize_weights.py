@@ -14,7 +14,7 @@ from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from pydantic import ValidationError
 
-from graphq import ir, linear, qdq
+from graphq import ir, linear, qdq, stored
 from graphq.calibration import random_calibration
 from graphq.errors import TargetError
 from graphq.executor import Executor, decode
@@ -260,7 +260,7 @@ def test_the_last_group_may_be_smaller(body: str, shape: tuple[int, int]) -> Non
     feeds = {"x": floats(5, shape[0])}
     made, expected = Executor(model).run(feeds)[0], ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)[0]
     np.testing.assert_allclose(made, expected, atol=1e-5 * np.abs(expected).max())
-    own = stored.decode(model, maker.outputs[0])
+    own = decode(model, maker.outputs[0])
     lost = 10 * np.log10(np.sum(weight**2) / np.sum((weight - own) ** 2))
     assert record.measurements[0].numbers["weight_sqnr_db"] == pytest.approx(lost, abs=1e-3) and lost > 15
 
