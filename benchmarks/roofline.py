@@ -92,10 +92,6 @@ def ridge(unit: str, ceilings: Mapping[str, Any]) -> float:
     return float(ceilings["matrix"][unit] / ceilings["copy"])
 
 
-def work_of(row: Row) -> Work:
-    return Work(row["bytes"], row["weight_bytes"], row["operations"], row["unit"])
-
-
 def median_s(row: Row, name: str = OURS) -> float | None:
     """Of the contestant whose name begins so, the fastest if there are several; None where none was timed."""
     found = [times["median_s"] for key, times in row["times"].items() if key.startswith(name)]

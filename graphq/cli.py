@@ -136,7 +136,7 @@ def inspect(
 
         more["kernels"] = kernels_of(model)
     if sparsity:
-        from graphq.zeros import find_zeros
+        from graphq.sparsity import find_zeros
 
         more["sparsity"] = find_zeros(model)
     if as_json:
@@ -144,7 +144,7 @@ def inspect(
         return
     console.inspection(found, more.get("kernels"), layers=layers)
     if sparsity:
-        from graphq.console_zeros import show
+        from graphq.console_sparsity import show
 
         show(more["sparsity"])
 

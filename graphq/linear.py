@@ -85,6 +85,11 @@ def in_axis(node: ir.Node) -> int:
     return 1 - out_axis(node)
 
 
+def in_channels(node: ir.Node) -> int:
+    """Channels that a linear `node` sums over, of one group."""
+    return ir.constant_shape(weight_of(node))[in_axis(node)]
+
+
 def channel_axis(node: ir.Node) -> int:
     """Axis of the node's output that holds the output channels: 1 for convolutions, the last otherwise."""
     return 1 if node.op_type in ("Conv", "ConvTranspose") else -1

@@ -55,7 +55,7 @@ class Target:
         builds_engines: Whether results can be compiled to an engine file.
         engine_lacks: Names of the `EngineOptions` that its builder does not have, with the reason.
         sparse: Multiples that the outputs and inputs of a layer have to be for its kernels of 2:4 sparse weights; None if it has
-            none (see `graphq.sparsity`).
+            none (see `graphq.sparse_kernels`).
     """
 
     name: str

@@ -27,13 +27,6 @@ def grid(bits: int, size: int) -> Codebook:
     return Codebook(points.astype(np.float32))
 
 
-def grid_error(book: Codebook) -> float:
-    """Mean squared error of a normal number on a grid of p = 1, in closed form."""
-    points = book.points[:, 0].astype(np.float64)
-    share, mean = _cells(points)
-    return float(1 - 2 * np.sum(points * mean) + np.sum(points**2 * share))
-
-
 def _line(count: int) -> np.ndarray:
     """Points [count, 1] by the Lloyd-Max conditions (Lloyd, doi 10.1109/TIT.1982.1056489)."""
     from scipy.special import ndtri

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, sparsity
+from graphq import ir, linear, sparse_kernels, sparsity
 from graphq.exclude import require_matches
 from graphq.noise import decibel
 from graphq.observers import Moments
@@ -84,7 +84,7 @@ class NmPrune(Pass):
             self._prune(step, ctx)
 
     def _refusal(self, node: ir.Node) -> str | None:
-        channels, groups = sparsity.in_channels(node), ir.attribute(node, "group", 1)
+        channels, groups = linear.in_channels(node), ir.attribute(node, "group", 1)
         if channels >= self.m:
             return None
         if channels == 1 and groups > 1:
@@ -114,7 +114,7 @@ class NmPrune(Pass):
         """The square of what each weight is scored by, as rows of input channels, float64 [O * kernel positions, channels]; sums to 1."""
         weight = ir.constant(linear.weight_of(node))
         assert weight is not None
-        rows = np.moveaxis(weight, linear.in_axis(node), -1).reshape(-1, sparsity.in_channels(node)).astype(np.float64) ** 2
+        rows = np.moveaxis(weight, linear.in_axis(node), -1).reshape(-1, linear.in_channels(node)).astype(np.float64) ** 2
         energy = rows if self.score == "magnitude" else rows * power
         return np.asarray(energy / max(float(energy.sum()), 1e-300))
 
@@ -123,7 +123,7 @@ class NmPrune(Pass):
         train, held = _layer_rows.collect(step, ctx.seed, ROWS_PER_INPUT)
         sums, weight = train + held, layer.weight().astype(np.float64)
         shifts = self.refit and _bias.can_shift(node)
-        channels = sparsity.in_channels(node)
+        channels = linear.in_channels(node)
         whole, places = channels - channels % self.m, np.arange(weight.shape[2]).reshape(channels, -1)
         order = np.concatenate([places[:whole].T.reshape(-1), places[whole:].T.reshape(-1)])  # those of one kernel position together
         pattern = Pattern(self.n, self.m, whole * places.shape[1])
@@ -134,7 +134,9 @@ class NmPrune(Pass):
         numbers = dict[str, float]()
         if self.refit:
             found, numbers["alpha"] = _refit(found, masks, weight, train, held, shifts)
-        kept = found.astype(np.float32)
+        kept, before = found.astype(np.float32), ir.constant(linear.weight_of(node))
+        assert before is not None
+        numbers |= sparsity.position_numbers(np.moveaxis(before, linear.out_axis(node), 0), self.n, self.m)
         ctx.edit.set_weight(node, linear.LINEAR_OPS[node.op_type].weight, layer.stored(kept))
         sums = sums.moved(kept - weight)
         if shifts:
@@ -142,7 +144,7 @@ class NmPrune(Pass):
             sums = sums.moved(np.zeros(weight.shape), sums.mean_lack)
         numbers |= {"zeros": 1 - float(masks.mean()), "dense_channels": channels - whole}
         if ctx.target.sparse is not None:
-            obstacle = sparsity.obstacle(node, ctx.target)
+            obstacle = sparse_kernels.obstacle(node, ctx.target)
             numbers["eligible"] = obstacle is None
             if obstacle is not None:
                 ctx.skip(node, f"pruned, but not for {ctx.target.name}'s sparse kernels: {obstacle}")

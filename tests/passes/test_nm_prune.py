@@ -222,6 +222,20 @@ def test_table(case: str, n: int, m: int, score: math.Score) -> None:
         assert measured.numbers["sqnr_db"] == pytest.approx(-10 * np.log10(error(model, proto, x)), abs=0.05)
 
 
+@pytest.mark.parametrize(("case", "places"), [("Conv 3x3", ("centre", "edge", "corner")), ("Conv1d", ("centre", "edge")), ("Conv 1x1", ()),
+                                              ("MatMul", ())])  # fmt: skip
+def test_where_a_kernel_would_lose_its_weights_is_reported(case: str, places: tuple[str, ...]) -> None:
+    """The share at each place of the weight before it is pruned, at the rate of the pattern."""
+    proto, x = model_of(case)
+    (measured,) = prune(proto, x, n=1)[1].measurements
+    found = {key: value for key, value in measured.numbers.items() if key.startswith("sparsity_")}
+    assert list(found) == [f"sparsity_{place}" for place in places]
+    if places:
+        size = np.abs(floats(*LAYERS[case][2]))
+        gone = (size < np.quantile(size, 0.75)).mean((0, 1)).reshape(-1)
+        assert found["sparsity_centre"] == pytest.approx(gone[len(gone) // 2], abs=1e-3)
+
+
 def test_without_refit_magnitude_keeps_what_is_left_and_the_bias() -> None:
     proto, x = model_of("Gemm")
     model, record = prune(proto, x, score="magnitude", refit=False)

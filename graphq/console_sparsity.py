@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from graphq.console import Column, counts, say, shape, share, table
 
 if TYPE_CHECKING:
-    from graphq.zeros import LayerZeros, Zeros
+    from graphq.sparsity import LayerZeros, Zeros
 
 NOTABLE = 0.01
 """Share of zeros from which a layer without a pattern is listed."""
