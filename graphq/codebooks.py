@@ -129,8 +129,8 @@ def encode(rows: np.ndarray, book: Codebook, scale: np.ndarray) -> Coded:
 def insert(edit: Editor, node: ir.Node, coded: Coded) -> ir.Value:
     """Let the weight of a linear `node` be `coded`, whose rows are its outputs; the value that stands for it is returned.
 
-    The rows are transposed for a weight [K, O], and given the kernel's shape for a Conv, behind the function. Needs opset 21, or 25
-    for tables of up to 4 points.
+    Behind the function, rows are given the shape of a convolution's kernel, and transposed for a weight whose inputs come first. Needs
+    opset 21, or 25 for tables of up to 4 points.
     """
     index = linear.LINEAR_OPS[node.op_type].weight
     value = node.inputs[index]
@@ -143,10 +143,15 @@ def insert(edit: Editor, node: ir.Node, coded: Coded) -> ir.Value:
     scale = edit.initializer(f"{name}_scale", coded.scale[..., None].astype(np.float32))
     weight = functions.call(edit, LOOKUP, node, [codes, lowest, points, scale], output=f"{name}_decoded", like=value, after=False)
     weight.shape = ir.Shape([len(coded.places), coded.places.shape[1] * book.size])
+    is_turned = linear.in_axis(node) == 0
     if len(shape) > 2:
-        dims = edit.initializer(f"{name}_shape", np.asarray(shape, np.int64))
+        kernel = (shape[1], shape[0], *shape[2:]) if is_turned else shape
+        dims = edit.initializer(f"{name}_shape", np.asarray(kernel, np.int64))
         weight = edit.insert(node, "Reshape", [weight, dims], output=f"{name}_kernel", like=value)
-    elif linear.in_axis(node) == 0:
-        weight = edit.insert(node, "Transpose", [weight], output=f"{name}_turned", attributes={"perm": [1, 0]}, like=value)
+        weight.shape = ir.Shape(kernel)
+    if is_turned:
+        order = [1, 0, *range(2, len(shape))]
+        weight = edit.insert(node, "Transpose", [weight], output=f"{name}_turned", attributes={"perm": order}, like=value)
+        weight.shape = ir.Shape(shape)
     edit.rewire(node, index, weight)
     return weight

@@ -146,13 +146,15 @@ class Editor:
         self.edits["replace"] += 1
 
     def replace_output(self, old: Value, new: Value) -> None:
-        """Let the model return `new` where it returned `old`, under the same name; readers inside the graph are left alone."""
+        """Let the graph of `old`, which returns it, return `new` instead, under the same name; readers inside it are left alone."""
+        outputs = old.graph.outputs if old.graph is not None else []
+        places = [index for index, output in enumerate(outputs) if output is old]
+        if not places:
+            raise ValueError(f"{old.name!r} is not an output of its graph")
         name, old.name = old.name, self.unique(f"{old.name}_inner")
         new.name = name
-        outputs = self.model.graph.outputs
-        for index, output in enumerate(outputs):
-            if output is old:
-                outputs[index] = new
+        for index in places:
+            outputs[index] = new
         self.edits["replace"] += 1
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:

@@ -28,6 +28,7 @@ def find(node: ir.Node) -> Slot | None:
         and not node.outputs[0].is_graph_output()
         and uses[0].node.op_type == "Add"
         and uses[0].node.domain == ""
+        and uses[0].node.graph is node.graph
     ):
         index = 1 - uses[0].idx
         array = ir.constant(uses[0].node.inputs[index])
@@ -46,7 +47,7 @@ def behind(node: ir.Node) -> np.ndarray:
 
 
 def added(model: ir.Model, node: ir.Node) -> np.ndarray:
-    """What the bias of `node`, wherever it stands, adds to each output channel: float64 of shape (channels,), or 0 of shape ()."""
+    """What the bias of `node`, which `is_one_a_channel`, adds to each output channel: float64 of shape (channels,), (1,) or ()."""
     slot = find(node)
     if slot is None:
         return np.zeros(())
@@ -54,6 +55,13 @@ def added(model: ir.Model, node: ir.Node) -> np.ndarray:
     value = holder.outputs[0] if holder.op_type == "DequantizeLinear" else holder.inputs[index]
     assert value is not None
     return decode(model, value).reshape(-1).astype(np.float64) * (1.0 if holder.op_type == "Add" else _factor(node))
+
+
+def is_one_a_channel(node: ir.Node) -> bool:
+    """Whether the constant bias of `node`, if it has one, is the same for every row: that of a Gemm may not be."""
+    slot = find(node)
+    shape = () if slot is None else ir.constant_shape(slot[0].inputs[slot[1]])
+    return all(size == 1 for size in shape[:-1])
 
 
 def can_shift(node: ir.Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphq import ir, linear, precision, qdq
-from graphq.editor import Editor
+from graphq.editor import Editor, made_by
 from graphq.passes import _bias
 from graphq.passes._low_rank_math import Factors
 from graphq.pipeline import PassContext
@@ -21,10 +21,12 @@ _INT8 = QuantSpec(8, granularity=PerAxis(1))
 _WINDOW = ("auto_pad", "dilations", "pads", "strides")
 
 
-def refusal(node: ir.Node, rank: int) -> str | None:
-    """Why `node`, a linear layer of the main graph, gets no branch of that rank; None if it may."""
+def refusal(node: ir.Node, rank: int, author: str) -> str | None:
+    """Why `node`, a linear layer of the main graph, gets no branch of that rank from the pass `author`; None if it may."""
     if precision.asked(node, Bits(4, 4)) == Bits(None, None):
         return "float was asked for it"
+    if any(use.node.op_type == "Add" and made_by(use.node) == author for use in ir.uses(behind(node).outputs[0])):
+        return f"{author} gave it a branch already"
     if node.op_type == "Gemm" and ir.attribute(node, "transA", 0):
         return "its data is transposed, so that rows are channels"
     if node.op_type == "ConvTranspose" or ir.attribute(node, "group", 1) != 1:
@@ -83,11 +85,14 @@ def join(edit: Editor, node: ir.Node, value: ir.Value) -> None:
     """Add `value` to what `node` makes, with its bias; the sum has the name of what was made."""
     made, maker = behind(node).outputs[0], value.producer()
     readers = [(use.node, use.idx) for use in made.uses()]
+    if node.outputs[0] is not made and "_rest" not in str(node.outputs[0].name):
+        edit.now_makes(node.outputs[0], "rest")
     total = edit.insert(maker, "Add", [made, value], output=f"{made.name}_with_branch", like=made, after=True)
     for reader, index in readers:
         edit.rewire(reader, index, total)
     if made.is_graph_output():
         edit.replace_output(made, total)
+        edit.now_makes(made, "rest")
     else:
         whole = made.name
         edit.now_makes(made, "rest")

@@ -53,8 +53,8 @@ class Region:
             slots[node, op.weight] = linear.out_axis(node)
             if op.bias is not None and bias is not None and bias.ndim and bias.shape[-1] == self.width:
                 slots[node, op.bias] = bias.ndim - 1
-            if BATCH_NORM in node.meta:
-                node.meta[BATCH_NORM] = {name: part[order] if np.ndim(part) else part for name, part in node.meta[BATCH_NORM].items()}
+        for node in dict.fromkeys(node for node, _ in slots if BATCH_NORM in node.meta):  # makers, and depthwise convolutions
+            node.meta[BATCH_NORM] = {name: part[order] if np.ndim(part) else part for name, part in node.meta[BATCH_NORM].items()}
         for (node, index), axis in slots.items():
             _take(edit, node, index, axis, order)
         for node in self.readers:

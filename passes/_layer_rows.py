@@ -24,7 +24,8 @@ ROWS = 4096
 """Rows to use at least, where there are that many; and to hold at once."""
 
 RUNS, FOLDS = 50, 5
-"""Rows are divided into so many runs of neighbours, every fifth of which is held out: few samples lie on both sides."""
+"""Rows are divided into so many runs of neighbours, every fifth of which is held out: few samples lie on both sides.
+Who judges by what is held out has nothing to go by if there is one row only."""
 
 
 def candidates(model: ir.Model) -> list[ir.Node]:
@@ -168,6 +169,7 @@ def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Itera
     picked = pick(int(ends[-1]), max(ROWS, per_input * layer.inputs), seed)
     run = -(-int(ends[-1]) // RUNS)
     is_held = picked // run % FOLDS == FOLDS - 1
+    is_held[-1:] |= len(picked) > 1 and not is_held.any()  # of two to four rows the last, of one none
     for held in (False, True):
         rows = picked[is_held == held]
         for start in range(0, len(rows), ROWS):

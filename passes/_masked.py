@@ -15,7 +15,8 @@ def fit(start: np.ndarray, mask: np.ndarray, gram: np.ndarray, target: np.ndarra
     """
     found = np.where(mask, start, 0.0).astype(np.float64)
     left = (target - found @ gram) * mask
-    scale = 1 / np.diagonal(gram)
+    squares = np.diagonal(gram)
+    scale = _share(np.ones_like(squares), squares)  # an input that is always 0 has no say
     step, power = left * scale, _dot(left, left * scale)
     enough = _ENOUGH * power.max(initial=0.0)
     for _ in range(_ROUNDS):

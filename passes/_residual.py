@@ -13,10 +13,9 @@ import numpy as np
 
 from graphq import ir, linear
 from graphq.editor import Editor
-from graphq.passes import _bias, _scaling
+from graphq.passes import _bias, _rms, _scaling
 
 _CHOICES = frozenset({"Gather", "Slice"})
-_SQUARE = frozenset({"Mul", "Pow"})
 
 
 class Refused(Exception):
@@ -25,7 +24,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization of the stream: the node that divides by the size, where gain and bias stand, and who reads the result."""
+    """A normalization of the stream: the node that divides by the size, where gain and bias stand, what it makes, and who reads that."""
 
     node: ir.Node
     gain: tuple[ir.Node, int] | None
@@ -53,12 +52,13 @@ class Stream:
 
 def norms(model: ir.Model) -> list[ir.Node]:
     """Nodes of the main graph with which a normalization begins: one of the operators, or the mean of the squares."""
-    return [node for node in model.graph if not node.domain and (node.op_type in _scaling.NORMALIZATIONS or _mean_square(node) is not None)]
+    nodes = [node for node in model.graph if not node.domain]
+    return [node for node in nodes if node.op_type in _scaling.NORMALIZATIONS or _rms.mean_square(node) is not None]
 
 
 def stream_of(norm: ir.Node) -> ir.Value:
     """What the normalization that begins with `norm` reads."""
-    value = _mean_square(norm) or norm.inputs[0]
+    value = _rms.mean_square(norm) or norm.inputs[0]
     assert value is not None
     return value
 
@@ -92,6 +92,7 @@ def rotate(edit: Editor, stream: Stream, q: np.ndarray) -> None:
     """Multiply every value of the stream by Q, float64 [D, D]; what the model computes stays."""
     for norm in stream.norms.values():
         _strip(edit, norm)
+    stream = find(next(iter(stream.values)))  # a bias that a layer took over may write into it
     for layer in stream.layers:
         _set_matrix(edit, layer, q.T @ _scaling.matrix(layer))
     for writer in stream.writers:
@@ -101,7 +102,8 @@ def rotate(edit: Editor, stream: Stream, q: np.ndarray) -> None:
         assert array is not None
         wide = np.broadcast_to(array, (*array.shape[:-1], stream.width))
         edit.set_weight(node, index, (wide.astype(np.float64) @ q).astype(array.dtype))
-    for value in (*stream.values, *(made for norm in stream.norms.values() for made in norm.made)):
+    patches = [value for writer in stream.writers if writer.op_type == "Conv" for value in (writer.outputs[0], _reshaped(writer))]
+    for value in (*stream.values, *patches, *(made for norm in stream.norms.values() for made in norm.made)):
         if value.producer() is not None and not value.is_graph_output():
             edit.now_makes(value, "rotated")
 
@@ -116,7 +118,8 @@ def _written(stream: Stream, value: ir.Value) -> list[ir.Value]:
         raise Refused("a constant is the residual stream")
     if not node.domain and node.op_type in ("MatMul", "Gemm") and linear.is_linear(node):
         stream.writers[node] = None
-        return []
+        bias = linear.bias_of(node)
+        return [] if bias is None or ir.constant(bias) is not None else [bias]
     if node.op_type == "Transpose" and (conv := _patches(node, stream.width)) is not None:
         stream.writers[conv] = None
         return []
@@ -157,7 +160,7 @@ def _read(stream: Stream, value: ir.Value, node: ir.Node, index: int) -> list[ir
         stream.norms[norm.node] = norm
         stream.layers.update(dict.fromkeys(norm.layers))
         return []
-    if _is_square(node, value) or _ends_rms(node, value):
+    if _rms.is_square(node, value) or _rms.ends_rms(node, value):
         return []
     raise Refused(f"{node.op_type} reads it")
 
@@ -169,6 +172,8 @@ def _carried(node: ir.Node) -> tuple[int, ...]:
     rank = len(ir.shape_of(node.outputs[0]) or ())
     if node.op_type == "Add":
         return (0, 1)
+    if node.op_type == "Gemm" and linear.is_linear(node):
+        return (linear.bias_index(node),)
     if node.op_type == "Identity":
         return (0,)
     if node.op_type == "Concat" and ir.attribute(node, "axis", 0) not in (-1, rank - 1):
@@ -203,6 +208,11 @@ def _patches(node: ir.Node, width: int) -> ir.Node | None:
     return conv if alone and is_turned and (bias is None or ir.constant(bias) is not None) else None
 
 
+def _reshaped(conv: ir.Node) -> ir.Value:
+    """What the Reshape behind a convolution that `_patches` found makes."""
+    return ir.uses(conv.outputs[0])[0].node.outputs[0]
+
+
 # ---- normalizations -------------------------------------------------------------------------------------------------
 
 
@@ -211,15 +221,21 @@ def _norm(node: ir.Node, value: ir.Value, index: int) -> Norm | None:
     if node.op_type in _scaling.NORMALIZATIONS and index == 0:
         gain, bias = ((node, slot) if len(node.inputs) > slot and node.inputs[slot] is not None else None for slot in (1, 2))
         _require_last_axis(node)
-        return Norm(node, gain, bias, (node.outputs[0],), _layers(node.outputs[0]))
-    if not _ends_rms(node, value):
+        return _norm_of(node, gain, bias, node.outputs[0])
+    if not _rms.ends_rms(node, value):
         return None
     made = node.outputs[0]
     uses = ir.uses(made)
     slot = _gain(uses[0].node, made) if len(uses) == 1 and not made.is_graph_output() else None
     if slot is None:
-        return Norm(node, None, None, (made,), _layers(made))
-    return Norm(node, slot, None, (made, slot[0].outputs[0]), _layers(slot[0].outputs[0]))
+        return _norm_of(node, None, None, made)
+    return _norm_of(node, slot, None, made, slot[0].outputs[0])
+
+
+def _norm_of(node: ir.Node, gain: tuple[ir.Node, int] | None, bias: tuple[ir.Node, int] | None, *made: ir.Value) -> Norm:
+    """The normalization whose last step makes the last of `made`, with all that reads it."""
+    layers, choices = _layers(made[-1])
+    return Norm(node, gain, bias, (*made, *choices), layers)
 
 
 def _require_last_axis(node: ir.Node) -> None:
@@ -237,65 +253,18 @@ def _gain(node: ir.Node, value: ir.Value) -> tuple[ir.Node, int] | None:
     return (node, index) if array is not None and array.ndim and array.size == array.shape[-1] > 1 else None
 
 
-def _is_square(node: ir.Node, value: ir.Value) -> bool:
-    """Whether `node` squares `value` for a mean over the last axis."""
-    if node.domain or node.op_type not in _SQUARE or node.inputs[0] is not value:
-        return False
-    power = ir.constant(node.inputs[1])
-    squares = node.inputs[1] is value if node.op_type == "Mul" else power is not None and power.size == 1 and power.item() == 2
-    return squares and all(_mean_square(use.node) is value for use in ir.uses(node.outputs[0]))
-
-
-def _mean_square(node: ir.Node) -> ir.Value | None:
-    """x, where `node` is the mean of x² over the last axis, which it keeps."""
-    square = ir.producer(node.inputs[0]) if node.op_type == "ReduceMean" and not node.domain else None
-    if square is None or square.domain or square.op_type not in _SQUARE or not ir.attribute(node, "keepdims", 1):
-        return None
-    value, axes, rank = square.inputs[0], ir.constant(node.inputs[1]) if len(node.inputs) > 1 else None, 0
-    rank = len(ir.shape_of(value) or ())
-    power = ir.constant(square.inputs[1])
-    squares = square.inputs[1] is value if square.op_type == "Mul" else power is not None and power.size == 1 and power.item() == 2
-    over_last = axes is not None and axes.size == 1 and int(axes.reshape(-1)[0]) in (-1, rank - 1)
-    return value if squares and over_last and rank else None
-
-
-def _ends_rms(node: ir.Node, value: ir.Value) -> bool:
-    """Whether `node` divides `value` by the root of the mean of its squares, which is written in operators of its own."""
-    if node.domain or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.inputs[0] is not value):
-        return False
-    size = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-    inverts = node.op_type == "Div"
-    maker = ir.producer(size)
-    while maker is not None and not maker.domain and _mean_square(maker) is None:
-        if maker.op_type == "Reciprocal" or (maker.op_type == "Div" and _is_number(maker.inputs[0], 1.0)):
-            inverts, size = True, maker.inputs[-1]
-        elif maker.op_type == "Pow" and _is_number(maker.inputs[1], -0.5):
-            inverts, size = True, maker.inputs[0]
-        elif maker.op_type in ("Sqrt", "Add", "Pow"):
-            size = maker.inputs[0] if ir.constant(maker.inputs[0]) is None else maker.inputs[1]
-        else:
-            return False
-        maker = ir.producer(size)
-    return inverts and maker is not None and not maker.domain and _mean_square(maker) is value
-
-
-def _is_number(value: ir.Value | None, number: float) -> bool:
-    array = ir.constant(value)
-    return array is not None and array.size == 1 and float(array.item()) == number
-
-
 def _rms_gain_of(node: ir.Node) -> bool:
-    return any(_ends_rms(node, entry) for entry in node.inputs if entry is not None) or any(
-        (maker := ir.producer(entry)) is not None and any(_ends_rms(maker, inner) for inner in maker.inputs if inner is not None)
+    return any(_rms.ends_rms(node, entry) for entry in node.inputs if entry is not None) or any(
+        (maker := ir.producer(entry)) is not None and any(_rms.ends_rms(maker, inner) for inner in maker.inputs if inner is not None)
         for entry in node.inputs
     )
 
 
-def _layers(value: ir.Value) -> tuple[ir.Node, ...]:
-    """The layers that read the rows of `value`, or some of them; nothing else may."""
+def _layers(value: ir.Value) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...]]:
+    """The layers that read rows of `value`, and the values that consist of some of its rows; nothing else may read it."""
     if value.is_graph_output():
         raise Refused("the model returns what a normalization makes")
-    found = list[ir.Node]()
+    layers, choices = list[ir.Node](), list[ir.Value]()
     for use in ir.uses(value):
         node = use.node
         if node.op_type == "Shape" and not node.domain:
@@ -303,12 +272,14 @@ def _layers(value: ir.Value) -> tuple[ir.Node, ...]:
         if not node.domain and node.op_type in ("MatMul", "Gemm") and use.idx == linear.data_index(node) and linear.is_linear(node):
             if ir.attribute(node, "transA", 0):
                 raise Refused("a layer behind a normalization transposes what it reads")
-            found.append(node)
+            layers.append(node)
         elif use.idx == 0 and not node.domain and node.op_type in (*_CHOICES, "Identity") and 0 in _carried(node):
-            found += _layers(node.outputs[0])
+            further = _layers(node.outputs[0])
+            layers += further[0]
+            choices += [node.outputs[0], *further[1]]
         else:
             raise Refused(f"a normalization is read by {node.op_type}, which is no layer with constant weights (post-norm, or a head)")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(layers)), tuple(choices)
 
 
 # ---- what changes ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, stored
-from graphq.passes import _bias
+from graphq.passes import _bias, _twins
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.sweep import Batches
 
@@ -38,7 +38,7 @@ class BiasCorrect(Pass):
             if not _bias.can_shift(node):
                 ctx.skip(node, "it has no constant bias of its own to correct")
             elif not _is_alike(node, namesakes.get(node.name)):
-                ctx.skip(node, "the original model has no such layer, or one of other channels")
+                ctx.skip(node, "no layer of the original model makes the same channels")
             else:
                 nodes.append(node)
         for step in ctx.sweep(nodes, self.samples or None):
@@ -57,8 +57,8 @@ def channel_mean(batches: Batches, axis: int) -> np.ndarray:
 
 
 def _is_alike(node: ir.Node, twin: ir.Node | None) -> bool:
-    """Whether `twin` of the reference makes as many channels, as far as that is known."""
-    if twin is None:
+    """Whether `twin` of the reference makes the same, and as many channels, as far as that is known."""
+    if twin is None or not _twins.makes_the_same(node, twin):
         return False
     shapes = [ir.shape_of(one.outputs[0]) for one in (node, twin)]
     sizes = {shape[linear.channel_axis(node)] for shape in shapes if shape}

@@ -171,7 +171,14 @@ def _equalize(ctx: PassContext, chain: list[_Pair], iterations: int) -> None:
 
 
 def _scale_outputs(ctx: PassContext, pair: _Pair, factor: np.ndarray) -> None:
-    """Divide what is added to the first of a pair, and what is remembered of its BatchNormalization."""
+    """Divide what is added to the first of a pair, and what is remembered of its BatchNormalization; rename what is scaled."""
+    value = pair.first.outputs[0]
+    while True:
+        ctx.edit.now_makes(value, "equalized")
+        reader = ir.uses(value)[0].node
+        if reader is pair.second:
+            break
+        value = reader.outputs[0]
     if linear.bias_of(pair.first) is not None:
         _divide(ctx, pair.first, linear.LINEAR_OPS[pair.first.op_type].bias or 0, factor)
     if pair.bias is not None:

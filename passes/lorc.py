@@ -15,7 +15,7 @@ from graphq import ir, linear, stored
 from graphq.exclude import is_excluded, require_matches
 from graphq.executor import decode
 from graphq.noise import decibel
-from graphq.passes import _bias, _branch, _layer_rows
+from graphq.passes import _bias, _branch, _layer_rows, _twins
 from graphq.passes import _low_rank_math as math
 from graphq.passes._sums import Sums
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -66,10 +66,13 @@ class Lorc(Pass):
         weight = linear.weight_of(node)
         if weight is None or not stored.is_stored(weight):
             return "its weight is not quantized"
-        if reason := _branch.refusal(node, self.rank):
+        if reason := _branch.refusal(node, self.rank, self.name):
             return reason
-        is_same = twin is not None and ir.is_constant(linear.weight_of(twin)) and _sizes(twin) == _sizes(node)
-        return None if is_same else "the float model has no such layer"
+        if twin is None or not linear.is_linear(twin):
+            return "the float model has no such layer"
+        if not _twins.computes_the_same(node, twin) or _sizes(node) != _sizes(twin):
+            return "the float model has no layer that computes the same from the same"
+        return None if _bias.is_one_a_channel(node) and _bias.is_one_a_channel(twin) else "its bias differs from row to row"
 
     def _compensate(self, step: SweepStep, twin: ir.Node, ctx: PassContext) -> None:
         node, takes_mean = step.node, _bias.can_shift(step.node)
@@ -80,6 +83,9 @@ class Lorc(Pass):
             output = raw @ wanted.T
             sums = Sums.of(raw, (output - data @ weight.T + lack).astype(np.float32), output)
             train, held = (train, held + sums) if is_held else (train + sums, held)
+        if not held.count:
+            ctx.skip(node, "a single row of calibration data leaves none to judge a branch by")
+            return
         error = (wanted - weight).astype(np.float64)
         plain = held.moved(np.zeros((1, *weight.shape)), train.mean_lack if takes_mean else 0.0).error
         errors = {with_data: self._moved(train, held, error, takes_mean, with_data).error for with_data in (False, True)}

@@ -161,7 +161,11 @@ def _gram(sums: Sums, shifts: bool) -> np.ndarray:
 
 
 def _refit(start: np.ndarray, masks: np.ndarray, weight: np.ndarray, train: Sums, held: Sums, shifts: bool) -> tuple[np.ndarray, float]:
-    """The weights of `masks` that serve rows that were held out best, refitted to all rows, and the strength of the ridge."""
+    """The weights of `masks` that serve rows that were held out best, refitted to all rows, and the strength of the ridge.
+
+    The ridge pulls towards the dense weight, not towards 0: `(C_SS + l I) V = (C W + l W)_S`, as if the inputs had some noise of their
+    own. Where data says little, a weight that is kept stays what it was. Without rows that were held out, the strongest.
+    """
 
     def fit(sums: Sums, alpha: float, start: np.ndarray) -> np.ndarray:
         gram = _gram(sums, shifts)
@@ -175,5 +179,5 @@ def _refit(start: np.ndarray, masks: np.ndarray, weight: np.ndarray, train: Sums
     for found in fits[1:]:
         mean = train.moved(found - weight).mean_lack if shifts else 0.0
         errors.append(held.moved(found - weight, mean).error)
-    best = int(np.argmin(errors))
+    best = int(np.argmin(errors)) if held.count else len(ALPHAS) - 1
     return fit(train + held, ALPHAS[best], fits[best + 1]), ALPHAS[best]

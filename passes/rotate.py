@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear
+from graphq.editor import made_by
 from graphq.exclude import is_excluded, require_matches
 from graphq.passes import _block_transform, _hadamard_math, _residual, _value_layer
 from graphq.passes import _block_transform_math as math
@@ -53,6 +54,11 @@ class Rotate(Pass):
         rotated = self._rotate_streams(model, ctx) if self.residual else set()
         for value, nodes in _block_transform.edges(model).items():
             taken = [node for node in nodes if node not in rotated and not is_excluded(node, self.exclude)]
+            maker = value.producer()
+            if taken and maker is not None and made_by(maker) == self.name:
+                for node in taken:
+                    ctx.skip(node, "what it reads is rotated already")
+                continue
             if not taken:
                 continue
             transform = self._of_heads(value, taken) if self.values else None

