@@ -238,7 +238,7 @@ def markdown(rows: list[Row], head: list[str]) -> str:
         stages = " / ".join(f"{row[f'{stage}_s']:.1f}" for stage in ("load", "passes", "verify", "emit"))
         cells = [row["size"], f"{row['float_mb']:.0f}", f"{row['largest_mb']:.0f}", str(row["budget_mb"]), f"{row['peak_mb']:.0f}",
                  f"{row['own_mb']:.0f}", f"{row['seconds']:.1f}", f"{row['mb_s']:.0f}", f"{row['cpu_s']:.1f}", stages,
-                 f"{row['result_mb']:.0f}", f"{row['cosine']:.5f}", "whole" if row["whole"] else "in pieces"]  # fmt: skip
+                 f"{row['result_mb']:.0f}", f"{row['cosine']:.5f}", "whole" if row["whole"] else "in segments"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "![peak memory against the size of the model](large.svg)", ""])
 

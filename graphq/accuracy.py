@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from graphq.executor import BATCH
 from graphq.preprocess import Preprocess, resolve_preprocess
 from graphq.report import Accuracy
 from graphq.spec import ModelInput
-from graphq.verify import Runnable
+from graphq.verify import Streaming
 
 IMAGES = 16
 """Samples that run at once if each has one label; those with a label for every token are `BATCH`, as their outputs are large."""
@@ -54,7 +55,7 @@ def open_labelled(path: str | Path, inputs: Sequence[ModelInput], preprocess: st
     return Labelled(data, np.asarray(next(labels.stream([(0, len(data))])), np.int64))
 
 
-def compare(reference: Runnable, result: Runnable, labelled: Labelled) -> Accuracy:
+def compare(reference: Streaming, result: Streaming, labelled: Labelled) -> Accuracy:
     """Top-1 of both on the first output, `[samples, classes]` (or `[samples, classes, 1, 1]`).
 
     With labels of tokens it is `[samples, tokens, vocabulary]`, and perplexity is measured too: exp of the mean negative
@@ -63,12 +64,13 @@ def compare(reference: Runnable, result: Runnable, labelled: Labelled) -> Accura
     of_tokens = labelled.labels.ndim == 2
     right, losses = np.zeros(2), np.zeros(2)
     start = judged = 0
-    for batch in labelled.data.batches(BATCH if of_tokens else IMAGES):
+    one, two, three = tee(labelled.data.batches(BATCH if of_tokens else IMAGES), 3)
+    for batch, *outputs in zip(one, reference.stream(two), result.stream(three), strict=True):
         count = len(next(iter(batch.values())))
         labels = labelled.labels[start : start + count]
         start += count
-        for index, executor in enumerate((reference, result)):
-            hits, loss = (_judge_tokens if of_tokens else _judge_samples)(executor.run(batch)[0], labels)
+        for index, arrays in enumerate(outputs):
+            hits, loss = (_judge_tokens if of_tokens else _judge_samples)(arrays[0], labels)
             right[index] += hits
             losses[index] += loss
         judged += int((labels >= 0).sum())

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from graphq import __version__, ir, report
+from graphq import __version__, ir
 from graphq.arrays import open_npz
 from graphq.backends.runners import RUNTIMES
 from graphq.backends.turns import Worker, WorkerError, take_turns
@@ -143,7 +143,7 @@ def _subjects(paths: Sequence[Path], data: str | Path | None, preprocess: str | 
     found: dict[Path, _Subject] = {}
     for path in [path for path in paths if path.suffix.lower() not in ENGINE_SUFFIXES]:
         model = ir.load(path)
-        size = path.stat().st_size + sum(file.stat().st_size for file in report.external_files(path, model))
+        size = path.stat().st_size + sum(file.stat().st_size for file in ir.data_files(model))
         try:
             inputs = ir.inputs(model)
             samples = random_calibration(inputs, _RANDOM, seed) if data is None else open_data(data, model, preprocess, seed)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from graphq import __version__, console
+from graphq.backends import files
 from graphq.cli_bench import bench
 from graphq.cli_options import (
     ARRAYS,
@@ -189,13 +190,12 @@ def planes(
 ) -> None:
     """Keep the leading bits of weights that are stored in planes: a smaller file of the same model."""
     from graphq import ir
-    from graphq.backends import files
     from graphq.planes import select
-    from graphq.report import external_files, file_facts
+    from graphq.report import file_facts
 
     found = ir.load(model)
     before = file_facts(model, found).bytes
-    files.check_output(out, [model, *external_files(model, found)])
+    files.check_output(out, [model, *ir.data_files(found)])
     select(found, bits)
     with files.pending(out) as part:
         ir.save(found, part)
@@ -275,8 +275,9 @@ def show_pass(name: Annotated[str, typer.Argument(metavar="NAME")], debug: Debug
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the model, data or recipe is at fault, 2 usage, 3 verification failed, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 the model, data or recipe is at fault, 2 usage, 3 verification failed, 130, 143 stopped."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    files.exit_when_terminated()
     try:
         app(args=arguments, prog_name="graphq", obj=arguments)
     except SystemExit as stop:

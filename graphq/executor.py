@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from graphq import block_floats, half, ir, stored
+from graphq import block_floats, half, ir, ir_proto, stored
 from graphq.errors import ModelError
 from graphq.observers import View
 
@@ -72,14 +72,14 @@ class Executor:
     """
 
     def __init__(self, model: ir.Model, fetches: Sequence[Fetch] | None = None, *, nodes: Sequence[ir.Node] | None = None,
-                 feeds: Mapping[str, np.dtype] | None = None, deployed: bool = False, threads: int = 0, spin: bool = False,
+                 feeds: Mapping[str, ir_proto.Kind] | None = None, deployed: bool = False, threads: int = 0, spin: bool = False,
                  prepack: bool = True, optimized_path: str | None = None) -> None:  # fmt: skip
         self.fetches = [Fetch(value.name or "") for value in model.graph.outputs] if fetches is None else list(fetches)
         if nodes is None:
             model = model if deployed else half.emulated(block_floats.emulated(model))
-            proto, weights = ir.light_proto(model)
+            proto, weights = ir_proto.light_proto(model)
         else:
-            proto, weights = ir.segment_proto(model, nodes, feeds or {})
+            proto, weights = ir_proto.segment_proto(model, nodes, feeds or {})
         values = {} if all(fetch.view == "whole" for fetch in self.fetches) else ir.values_by_name(model.graph)
         _add_views(proto, self.fetches, {fetch.value: values.get(fetch.value) for fetch in self.fetches if fetch.view != "whole"})
         self.threads = threads or os.cpu_count() or 1

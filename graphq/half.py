@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -77,9 +79,9 @@ def emulated(model: ir.Model) -> ir.Model:
     copy = ir.clone(model)
     edit = Editor(copy)
     for value in copy.graph.initializers.values():
-        array = ir.constant(value)
-        if is_half(value) and array is not None and not value.is_graph_output():
-            value.const_value = ir.make_tensor(array.astype(np.float32), "float32", value.name or "")
+        if is_half(value) and value.const_value is not None and not value.is_graph_output():
+            wide = partial(_widened, value.const_value)
+            value.const_value = ir.lazy_tensor(wide, "float32", ir.constant_shape(value), value.name or "")
             value.type = ir.tensor_type("float32")
     for value in copy.graph.inputs:
         if is_half(value):
@@ -93,6 +95,10 @@ def emulated(model: ir.Model) -> ir.Model:
                 out.type = ir.tensor_type("float32")
             _read_wide(edit, out, narrow)
     return copy
+
+
+def _widened(tensor: Any) -> np.ndarray:
+    return np.asarray(tensor.numpy().astype(np.float32))
 
 
 def _read_wide(edit: Editor, out: ir.Value, narrow: ir.Value) -> None:

@@ -1,6 +1,6 @@
 """The graph: reading, writing (see `graphq.ir_files`) and looking at ONNX models; `graphq.editor` changes them.
 
-This module and `ir_files` alone import onnx_ir.
+This module, `ir_files` and `ir_proto` alone import onnx_ir.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import onnx_ir
 from onnx_ir import DataType, Function, Graph, Model, Node, Shape, Value, from_onnx_text
 
 from graphq.errors import ModelError
-from graphq.ir_files import HEAVY, MAX_OPSET, Keep, in_memory, load, save, spilling, tensors
+from graphq.ir_files import MAX_OPSET, Keep, data_files, load, save, spilling, tensors
 from graphq.spec import ModelInput
 
 __all__ = [
     "DOMAIN", "MAX_OPSET", "DataType", "Function", "Graph", "Keep", "Model", "Node", "Shape", "Value", "all_nodes", "attribute",
-    "clone", "constant", "constant_shape", "describe", "from_onnx_text", "function_from_text", "inline", "inputs", "is_constant",
-    "is_float", "is_same_function", "light_proto", "load", "make_node", "nodes_inside", "opset", "outline", "own_functions_aside",
-    "producer", "reads", "save", "segment_proto", "shape_of", "spilling", "subgraphs", "to_proto", "uses", "values_by_name",
+    "clone", "constant", "constant_shape", "data_files", "describe", "from_onnx_text", "function_from_text", "inline", "inputs",
+    "is_constant", "is_float", "is_same_function", "lazy_tensor", "load", "make_attribute", "make_node", "make_tensor",
+    "make_value", "nodes_inside", "opset", "own_functions_aside", "producer", "reads",
+    "save", "shape_of", "spilling", "subgraphs", "tensor_type", "to_proto", "uses", "values_by_name",
     "weight_bytes",
 ]  # fmt: skip
 
@@ -41,88 +42,6 @@ _NUMPY_TYPES = {name: getattr(ml_dtypes, name) for name in ("int4", "uint4", "in
 def clone(model: Model) -> Model:
     """A model that can be changed without changing the first; weights are shared until they are replaced."""
     return model.clone()
-
-
-def light_proto(model: Model) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """The protobuf form without the bytes of the main graph's larger initializers, and their arrays by name.
-
-    They are empty external references in it. This is how sessions share weights instead of copying them; types that numpy
-    does not know (4 and 2 bits, small floats) stay inside.
-    """
-    proto = _proto_of(model, list(model.graph))
-    _add_ends(proto, model)
-    return proto, _add_weights(proto.graph, list(model.graph.initializers.values()))
-
-
-def outline(model: Model, *, shapes: bool = False) -> onnx.ModelProto:
-    """The protobuf form in which all larger initializers of the main graph, of any type, are empty references: no weight is read.
-
-    `shapes` says whether to write down those of values inside the graph.
-    """
-    proto = _proto_of(model, list(model.graph))
-    _add_ends(proto, model)
-    if shapes:
-        inside = (value for node in model.graph for value in node.outputs if not value.is_graph_output())
-        proto.graph.value_info.extend(onnx_ir.serde.serialize_value(value) for value in inside)
-    for name, tensor in ((name, value.const_value) for name, value in model.graph.initializers.items()):
-        if tensor is not None:
-            proto.graph.initializer.append(_reference(name, tensor) if _is_heavy(tensor) else _whole(name, tensor))
-    return proto
-
-
-def segment_proto(model: Model, nodes: Sequence[Node], feeds: Mapping[str, np.dtype]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model of `nodes` (of one graph, in order) that is fed `feeds`, and the arrays of its larger weights, as `light_proto`."""
-    proto, made = _proto_of(model, nodes), {value.name for node in nodes for value in node.outputs}
-    graphs = {model.graph, *(node.graph for node in nodes)}
-    read = dict.fromkeys(value for node in nodes for value in reads(node) if value.name not in made and value.graph in graphs)
-    for name in [value.name or "" for value in read if not (value.is_initializer() and value.const_value is not None)]:
-        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(feeds[name]))
-        proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    return proto, _add_weights(proto.graph, [value for value in read if value.is_initializer()])
-
-
-def _proto_of(model: Model, nodes: Sequence[Node]) -> onnx.ModelProto:
-    """`nodes` of the main graph, and the functions that they may call."""
-    proto = onnx.ModelProto(ir_version=model.ir_version)
-    proto.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items())
-    proto.functions.extend(onnx_ir.serde.serialize_function(function) for function in model.functions.values())
-    proto.graph.name = model.graph.name or "graph"
-    proto.graph.node.extend(onnx_ir.serde.serialize_node(node) for node in nodes)
-    return proto
-
-
-def _add_ends(proto: onnx.ModelProto, model: Model) -> None:
-    """Write the graph's inputs and outputs."""
-    for own, values in ((proto.graph.input, model.graph.inputs), (proto.graph.output, model.graph.outputs)):
-        own.extend(onnx_ir.serde.serialize_value(value) for value in values)
-
-
-def _add_weights(graph: onnx.GraphProto, values: Sequence[Value]) -> dict[str, np.ndarray]:
-    """Write initializers, large ones that are read as empty references, and return the arrays of these."""
-    arrays = dict[str, np.ndarray]()
-    for value in values:
-        name, tensor = value.name or "", value.const_value
-        if tensor is None:
-            continue
-        is_shared = _is_heavy(tensor) and np.dtype(tensor.dtype.numpy()).isbuiltin == 1 and bool(value.uses())
-        if is_shared:
-            arrays[name] = tensor.numpy()
-        graph.initializer.append(_reference(name, tensor) if is_shared else _whole(name, tensor))
-    return arrays
-
-
-def _is_heavy(tensor: onnx_ir.TensorProtocol) -> bool:
-    return tensor.nbytes > HEAVY and tensor.dtype != DataType.STRING
-
-
-def _reference(name: str, tensor: onnx_ir.TensorProtocol) -> onnx.TensorProto:
-    return onnx_ir.serde.serialize_tensor(onnx_ir.ExternalTensor("-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name))  # type: ignore[arg-type]
-
-
-def _whole(name: str, tensor: onnx_ir.TensorProtocol) -> onnx.TensorProto:
-    proto = onnx_ir.serde.serialize_tensor(in_memory(tensor))
-    proto.name = name
-    return proto
 
 
 def subgraphs(node: Node) -> Iterator[Graph]:
@@ -241,7 +160,7 @@ def _lookup_limit(value: Value) -> int | None:
     for node, index in ((use.node, use.idx) for use in uses(value)):
         if node.op_type == "Cast":
             limits.append(_lookup_limit(node.outputs[0]))
-        elif node.op_type == "Gather" and index == 1 and (shape := shape_of(node.inputs[0])) and constant(node.inputs[0]) is not None:
+        elif node.op_type == "Gather" and index == 1 and (shape := shape_of(node.inputs[0])) and is_constant(node.inputs[0]):
             rows = shape[attribute(node, "axis", 0)]
             limits.append(rows if isinstance(rows, int) else None)
     return min((limit for limit in limits if limit), default=None)
@@ -268,6 +187,11 @@ def make_tensor(array: np.ndarray, storage: str, name: str) -> onnx_ir.TensorPro
     if storage in ("int4", "uint4"):
         return onnx_ir.PackedTensor(_packed(array), DataType[storage.upper()], shape=array.shape, name=name)
     return onnx_ir.Tensor(array.astype(_NUMPY_TYPES.get(storage, storage), copy=False), name=name)
+
+
+def lazy_tensor(make: Callable[[], np.ndarray], storage: str, shape: Sequence[int], name: str) -> onnx_ir.TensorProtocol:
+    """A tensor of what `make` returns, an array of type `storage` and of `shape`: made whenever somebody looks at it, kept by nobody."""
+    return onnx_ir.LazyTensor(lambda: make_tensor(make(), storage, name), tensor_type(storage).dtype, onnx_ir.Shape(shape), name=name)
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Model files: read with their weights left on disk, written without ever holding all of them. Part of `graphq.ir`."""
+"""Model files: read with their external data left on disk, written without holding all weights anew. Part of `graphq.ir`.
+
+Weights inside the .onnx file itself are read with it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ MAX_OPSET, PROTOBUF_LIMIT = onnx.defs.onnx_opset_version(), 1 << 31
 HEAVY = 1024
 """Tensors of more bytes than this are left in their files."""
 
+_DATA_FILES = "graphq.data_files"
+
 Keep = Callable[[Any], Any]
 """Takes a tensor, returns it or the same where it takes no memory."""
 
@@ -30,7 +35,7 @@ _RAW_DATA, _INITIALIZER, _GRAPH = (
 )
 
 
-class Stored(onnx_ir.ExternalTensor):
+class FileTensor(onnx_ir.ExternalTensor):
     """A tensor in a file, mapped for as long as somebody holds its array: no memory, and no open file, is left of it then."""
 
     def numpy(self) -> np.ndarray:
@@ -66,7 +71,7 @@ def tensors(model: Model) -> Iterator[Any]:
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """Read a model; external data of the main graph stays in its file (see `Stored`).
+    """Read a model; external data of the main graph stays in its file (see `FileTensor`).
 
     Raises:
         ModelError: the file is missing, empty, not an ONNX model, of an unknown opset, or its external data is missing,
@@ -88,13 +93,15 @@ def load(path: str | os.PathLike[str]) -> Model:
             )  # fmt: skip
     try:
         check_names(proto.graph, path)
-        check_tensors(proto, path, lambda kind: onnx_ir.DataType(kind).bitwidth)
+        data_files = check_tensors(proto, path, lambda kind: onnx_ir.DataType(kind).bitwidth)
         model = onnx_ir.from_proto(proto)
     except ModelError:
         raise
     except Exception as error:
         raise _not_onnx(path, f"its graph cannot be read ({error})") from error
-    onnx_ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
+    model.meta[_DATA_FILES] = tuple(sorted(data_files))
+    folder = str(path.parent.resolve())
+    onnx_ir.external_data.set_base_dir(model.graph, folder)
     for graph in model.graphs():
         for value in graph.initializers.values():  # those of subgraphs are few and small, as are constants in attributes
             value.const_value = _opened(value.const_value, graph is model.graph)
@@ -103,14 +110,21 @@ def load(path: str | os.PathLike[str]) -> Model:
             node.resize_inputs(len(node.inputs) - 1)
         for name, entry in list(node.attributes.items()):
             if entry.type == onnx_ir.AttributeType.TENSOR and not entry.is_ref():
+                if isinstance(entry.value, onnx_ir.ExternalTensor):
+                    entry.value.base_dir = folder  # which those of functions lack
                 node.attributes[name] = onnx_ir.convenience.convert_attribute(name, in_memory(entry.value))
     return model
+
+
+def data_files(model: Model) -> tuple[Path, ...]:
+    """The files that held data of `model` beside its own when it was loaded, constants in attributes and functions included."""
+    return tuple(model.meta.get(_DATA_FILES, ()))
 
 
 def _opened(tensor: Any, may_stay: bool) -> Any:
     if not (may_stay and isinstance(tensor, onnx_ir.ExternalTensor)):
         return in_memory(tensor)
-    return Stored(tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name or "",
+    return FileTensor(tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name or "",
                   doc_string=tensor.doc_string, base_dir=tensor.base_dir)  # fmt: skip
 
 
@@ -185,18 +199,23 @@ def _key(field: int, size: int) -> bytes:
 
 @contextmanager
 def spilling(beside: Path, is_needed: bool) -> Iterator[Keep]:
-    """Gives what keeps tensors in a file beside `beside` until the block ends, and in memory if that is not needed."""
+    """Gives what keeps tensors in a file beside `beside` until the block ends, and in memory if that is not needed.
+
+    The file has no name, so that nothing is left of it however the process ends. It only grows: each pass that writes all weights anew
+    adds their size to it.
+    """
     if not is_needed:
         yield lambda tensor: tensor
         return
-    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=f".{beside.name}.") as folder, open(Path(folder, "weights"), "wb") as file:
+    with tempfile.TemporaryFile(dir=beside.parent, prefix=f".{beside.name}.") as file:
 
         def keep(tensor: Any) -> Any:
             if tensor.nbytes <= HEAVY:
                 return tensor
-            start = file.tell()
+            start = file.seek(0, os.SEEK_END)
             tensor.tofile(file)
             file.flush()
-            return Stored("weights", start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name or "", base_dir=folder)
+            place = f"/dev/fd/{file.fileno()}"
+            return FileTensor(place, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name or "")
 
         yield keep

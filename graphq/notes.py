@@ -33,11 +33,11 @@ def of_request(data: CalibrationSet, plan: Recipe, target: Target) -> tuple[str,
     return (*found, *_random_note(data, plan))
 
 
-def of_pieces(plan: Recipe, target: Target) -> tuple[str, ...]:
+def of_segments(plan: Recipe, target: Target) -> tuple[str, ...]:
     """About models that did not run whole."""
     speed = "gate min_speedup was not measured" if plan.gates.min_speedup is not None else "speed was not measured"
     end = f": {speed}" if target.measures_speed else ""
-    return (f"The model's weights exceed the memory budget, so that it ran piece by piece{end}.",)
+    return (f"The model's weights exceed the memory budget, so that it ran segment by segment{end}.",)
 
 
 def _data_notes(data: CalibrationSet) -> Iterator[str]:

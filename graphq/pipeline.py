@@ -151,6 +151,8 @@ SAMPLED_BATCHES = 8
 def fold(model: ir.Model, observers: Sequence[Observer], data: CalibrationSet, progress: Progress = no_progress) -> dict[Observer, Stat]:
     """Run `data` through `model` once and let each observer (all of one source) fold what it taps.
 
+    The session holds the whole model, whatever the memory budget.
+
     Subsamples of large tensors come from some of the batches only: a convolution's output has to be copied out of the
     runtime's blocked layout for them. Extrema see every batch.
     """

@@ -66,8 +66,10 @@ def insert_pair(edit: Editor, value: ir.Value, qparams: QParams, spec: QuantSpec
 
 
 def is_quantizer(node: ir.Node) -> bool:
-    """Whether `node` is a quantizer of activations, or one of the nodes that one is made of."""
-    return node.domain == ir.DOMAIN or node.op_type in ("QuantizeLinear", "DequantizeLinear") or _PART in node.metadata_props
+    """Whether `node` is a quantizer of activations, or one of the nodes that one is made of; products of `graphq.ops` are none."""
+    if node.domain == ir.DOMAIN:
+        return node.op_type not in ops.OPERATORS
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear") or _PART in node.metadata_props
 
 
 def is_quantized(value: ir.Value | None) -> bool:

@@ -234,19 +234,12 @@ def plain(value: Any) -> Any:
 def file_facts(path: str | os.PathLike[str], model: ir.Model, size: int | None = None) -> FileFacts:
     """Facts about the file that `model` was read from, or was written to with `size` bytes in all."""
     path = Path(path)
-    size = path.stat().st_size + sum(file.stat().st_size for file in external_files(path, model)) if size is None else size
+    size = path.stat().st_size + sum(file.stat().st_size for file in ir.data_files(model)) if size is None else size
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return FileFacts(str(path), digest.hexdigest(), size, ir.opset(model), parameters(model))
-
-
-def external_files(path: Path, model: ir.Model) -> list[Path]:
-    """The data files that the weights of `model`, read from `path`, lie in."""
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    names = {str(location) for tensor in tensors if (location := getattr(tensor, "location", None))}
-    return [file for name in sorted(names) if (file := path.parent / name).is_file()]
 
 
 def parameters(model: ir.Model) -> int:

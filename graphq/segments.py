@@ -1,4 +1,4 @@
-"""Run a model that is too large to be held: piece by piece, all batches through one piece before the next is read."""
+"""Run a model that is too large to be held: segment by segment, all batches through one segment before the next is read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from graphq import block_floats, half, ir, kernels_used, qdq
+from graphq import block_floats, half, ir, ir_proto, kernels_used, qdq
 from graphq.executor import Executor, Feeds, Fetch
 from graphq.sweep import Batches, Store, Walk
 
-PIECE = 128 << 20
-"""Bytes of weights that a piece reads at most; one layer at least."""
+SEGMENT = 128 << 20
+"""Bytes of weights that a segment reads at most; one layer at least."""
 
 
 class Segments:
-    """The interface of `Executor` over sessions that hold a piece of `model` each and are gone when the next is opened.
+    """The interface of `Executor` over sessions that hold a segment of `model` each and are gone when the next is opened.
 
-    What a runtime fuses over the end of a piece stays apart; the numbers are otherwise those of one session.
+    What a runtime fuses over the end of a segment stays apart; the numbers are otherwise those of one session.
 
     Args:
         model: The model.
         deployed: As for `Executor`.
         counts: Whether to count integer kernels.
-        memory_budget: Bytes of values between pieces that stay in memory; the rest goes to disk.
+        memory_budget: Bytes of values between segments that stay in memory; the rest goes to disk.
 
     Attributes:
         kernels: How often each integer kernel is found in a deployed model, once it has run, if they are counted.
@@ -47,7 +47,7 @@ class Segments:
             store, feeds = Store(Path(folder), self.memory_budget), dict[str, Batches]()
             for batch in batches:
                 for name, array in batch.items():
-                    feeds.setdefault(name, []).append(array)
+                    feeds.setdefault(name, []).append(store.put(array))
             walk, found = Walk(self.model, feeds, store, self._session), dict[ir.Value, Batches]()
             outputs = list(self.model.graph.outputs)
             for ends in [*_ends(self.model), outputs]:
@@ -56,7 +56,7 @@ class Segments:
                 found.update((value, entry) for value, entry in arrays if value in outputs)
             yield from (list(arrays) for arrays in zip(*(found[value] for value in outputs), strict=True))
 
-    def _session(self, fetches: Sequence[Fetch], nodes: Sequence[ir.Node], feeds: Mapping[str, np.dtype]) -> Executor:
+    def _session(self, fetches: Sequence[Fetch], nodes: Sequence[ir.Node], feeds: Mapping[str, ir_proto.Kind]) -> Executor:
         if not (self.deployed and self.counts):
             return Executor(self.model, fetches, nodes=nodes, feeds=feeds, deployed=self.deployed)
         with tempfile.TemporaryDirectory(prefix="graphq-") as folder:
@@ -67,7 +67,7 @@ class Segments:
 
 
 def _ends(model: ir.Model) -> Iterator[list[ir.Value]]:
-    """For each piece but the last: the values made so far that later nodes read, or that are returned.
+    """For each segment but the last: the values made so far that later nodes read, or that are returned.
 
     What depends on constants alone is no such value, but made again by whoever reads it; nor are codes of activations (see `Walk`).
     """
@@ -77,7 +77,7 @@ def _ends(model: ir.Model) -> Iterator[list[ir.Value]]:
     for index, node in enumerate(nodes):
         own = {value for value in ir.reads(node) if value.is_initializer() and value.const_value is not None}
         more = sum(value.const_value.nbytes for value in own - weights if value.const_value is not None)
-        if size and size + more > PIECE:
+        if size and more and size + more > SEGMENT:
             made = [(value, qdq.is_quantizer(one)) for one in nodes[:index] for value in one.outputs if value in varies]
             yield [value for value, is_code in made if value.is_graph_output() or (last.get(value, -1) >= index and not is_code)]
             size, weights = 0, set()

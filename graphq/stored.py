@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from graphq import ir
+from graphq import ir, ir_proto
 
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"})
 """Operators with another result at each run, whatever they read."""
@@ -64,7 +64,7 @@ def shape(model: ir.Model, value: ir.Value) -> tuple[int, ...] | None:
     """Of what stands for a weight, inferred without computing it where the graph does not say; None if that fails."""
     known = ir.shape_of(value)
     if known is None:
-        proto, _ = ir.segment_proto(model, decoders(value), {})
+        proto, _ = ir_proto.segment_proto(model, decoders(value), {})
         proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(value.name or ""))
         try:
             found = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from graphq import ir, qdq
+from graphq import ir, ir_proto, qdq
 from graphq.calibration import CalibrationSet
 from graphq.errors import ModelError
 from graphq.executor import BATCH, Executor, Fetch
@@ -23,7 +23,7 @@ from graphq.executor import BATCH, Executor, Fetch
 Batches = list[np.ndarray]
 """One array per calibration batch."""
 
-Session = Callable[[Sequence[Fetch], Sequence[ir.Node], Mapping[str, np.dtype]], Executor]
+Session = Callable[[Sequence[Fetch], Sequence[ir.Node], Mapping[str, ir_proto.Kind]], Executor]
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,15 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
 
 
 class Store:
-    """Keeps arrays in memory up to a budget and in memory-mapped files above it."""
+    """Keeps arrays in memory up to a budget and in memory-mapped files above it; sequences and texts always in memory."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget, self.held, self.files = folder, budget, 0, 0
 
     def put(self, array: np.ndarray) -> np.ndarray:
-        if self.held + array.nbytes <= self.budget or array.dtype == object:
-            self.held += array.nbytes
+        size = _size(array)
+        if self.held + size <= self.budget or not isinstance(array, np.ndarray) or array.dtype == object:
+            self.held += size
             return array
         self.files += 1
         path = self.folder / f"{self.files}.npy"
@@ -97,7 +98,12 @@ class Store:
             if isinstance(array, np.memmap):
                 Path(str(array.filename)).unlink(missing_ok=True)
             else:
-                self.held -= array.nbytes
+                self.held -= _size(array)
+
+
+def _size(array: np.ndarray | list[np.ndarray]) -> int:
+    """Bytes of an array, or of all in a sequence."""
+    return sum(map(_size, array)) if isinstance(array, list) else array.nbytes
 
 
 class Walk:
@@ -141,7 +147,7 @@ class Walk:
                  put: Callable[[np.ndarray], np.ndarray] = lambda array: array) -> dict[ir.Value, Batches]:  # fmt: skip
         """Values that `nodes` make, for each batch, given to `put` batch by batch, so that no more than one lies in memory."""
         feeds = {value.name or "": arrays for value, arrays in self.live.items()}
-        kinds = {name: arrays[0].dtype for name, arrays in feeds.items() if arrays}
+        kinds = {name: ir_proto.kind_of(arrays[0]) for name, arrays in feeds.items() if arrays}
         executor = self.session([Fetch(value.name or "") for value in wanted], nodes, kinds)
         count = len(next(iter(feeds.values()), []))
         runs = (executor.run({name: arrays[index] for name, arrays in feeds.items()}) for index in range(count))
@@ -188,7 +194,8 @@ class Walk:
 
     def _outer(self, node: ir.Node) -> ir.Node:
         """The node of the main graph that holds `node`, which may lie in a subgraph."""
-        return node if node.graph is self.graph else self._holders().get(node, node)
+        return node if node.graph is self.graph else self._holders.get(node, node)
 
+    @cached_property
     def _holders(self) -> dict[ir.Node, ir.Node]:
         return {inner: node for node in self.graph for inner in ir.nodes_inside(node)}

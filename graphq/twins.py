@@ -2,7 +2,7 @@
 
 A twin is a copy of a layer with its weight, its activation or both quantized. It reads the same float values as the layer,
 so that errors do not add up over layers, and all twins of all layers run at once: one pass over a few samples is enough for the
-whole model, whatever the number of layers and of widths.
+whole model, whatever the number of layers and of widths. The session of that pass holds the whole model, whatever the memory budget.
 """
 
 from __future__ import annotations

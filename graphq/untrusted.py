@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -29,13 +29,15 @@ def check_file(path: Path) -> None:
         )  # fmt: skip
 
 
-def _proto_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
+def _proto_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """The tensors in attributes of `nodes`, and in the graphs there."""
+    for node in nodes:
         for entry in node.attribute:
-            yield from [entry.t, *entry.tensors]
-            for subgraph in [entry.g, *entry.graphs]:
-                yield from _proto_tensors(subgraph)
+            if entry.HasField("t"):
+                yield entry.t
+            yield from entry.tensors
+            for subgraph in ([entry.g] if entry.HasField("g") else []) + list(entry.graphs):
+                yield from [*subgraph.initializer, *_proto_tensors(subgraph.node)]
 
 
 def check_names(graph: onnx.GraphProto, path: Path, outer: frozenset[str] = frozenset()) -> None:
@@ -56,29 +58,67 @@ def check_names(graph: onnx.GraphProto, path: Path, outer: frozenset[str] = froz
                 check_names(inner, path, known)
 
 
-def check_tensors(proto: onnx.ModelProto, path: Path, bits: Callable[[int], int]) -> None:
-    """Refuse tensors that declare more than there is, before anybody allocates it, and data outside the model's folder.
+def check_tensors(proto: onnx.ModelProto, path: Path, bits: Callable[[int], int]) -> set[Path]:
+    """Refuse tensors that declare more, or less, than there is, before anybody allocates it, and data outside the model's folder.
 
     Args:
         bits: Width of an element, by the number of its type.
 
+    Returns:
+        The files that hold external data.
+
     Raises:
         ModelError: with the tensor at fault.
     """
-    folder = path.parent.resolve()
-    for tensor in _proto_tensors(proto.graph):
+    if proto.graph.sparse_initializer:
+        names = ", ".join(repr(entry.values.name) for entry in proto.graph.sparse_initializer)
+        raise ModelError("The model stores weights as sparse tensors, which graphq does not read.", where=f"{names} of {path}",
+                         expected="dense initializers", hint="export the model without sparse initializers")  # fmt: skip
+    folder, files = path.parent.resolve(), set[Path]()
+    inside = (tensor for function in proto.functions for tensor in _proto_tensors(function.node))
+    for tensor in (*proto.graph.initializer, *_proto_tensors(proto.graph.node), *inside):
         where = f"tensor {tensor.name!r} of {path}"
-        declared = math.ceil(math.prod(tensor.dims) * bits(tensor.data_type) / 8) if tensor.data_type else 0
+        if any(dim < 0 for dim in tensor.dims):
+            raise ModelError("A tensor's shape has a negative dimension.", where=f"{where}: {list(tensor.dims)}",
+                             hint="export the model again")  # fmt: skip
+        size, is_text = math.prod(tensor.dims), tensor.data_type == onnx.TensorProto.STRING
+        width = 0 if is_text else bits(tensor.data_type)
+        declared = math.ceil(size * width / 8)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, folder, where, declared)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != declared:
-            expected = f"{declared} bytes, it has {len(tensor.raw_data)}"
-            raise ModelError("A tensor's data does not fit its shape.", where=where, expected=expected, hint="export the model again")
+            files.add(_check_external(tensor, folder, where, declared))
+            continue
+        if tensor.HasField("raw_data"):
+            wanted, found, unit = declared, len(tensor.raw_data), "bytes"
+        else:
+            field, wanted = _field(tensor.data_type, size, width)
+            found, unit = len(getattr(tensor, field)), f"entries of {field}"
+        if found != wanted:
+            raise ModelError("A tensor's data does not fit its shape.", where=where, expected=f"{wanted} {unit}, it has {found}",
+                             hint="export the model again")  # fmt: skip
+    return files
 
 
-def _check_external(tensor: onnx.TensorProto, folder: Path, where: str, declared: int) -> None:
+def _field(kind: int, size: int, width: int) -> tuple[str, int]:
+    """Where a tensor of type `kind`, with `size` elements of `width` bits, has its data if not raw, and how many entries."""
+    types = onnx.TensorProto
+    if kind in (types.COMPLEX64, types.COMPLEX128):
+        return "float_data" if kind == types.COMPLEX64 else "double_data", 2 * size
+    if kind in (types.UINT32, types.UINT64):
+        return "uint64_data", size
+    if kind in (types.FLOAT, types.DOUBLE, types.INT64, types.STRING):
+        return f"{types.DataType.Name(kind).lower()}_data", size
+    return "int32_data", math.ceil(size * width / 8) if width in (2, 4) else size
+
+
+def _check_external(tensor: onnx.TensorProto, folder: Path, where: str, declared: int) -> Path:
     entry = {item.key: item.value for item in tensor.external_data}
-    file = (folder / entry.get("location", "")).resolve()
+    named = folder / entry.get("location", "")
+    file = named.resolve()
+    if named.is_symlink() and not file.is_relative_to(folder) or file.is_file() and file.stat().st_nlink > 1:
+        raise ModelError(
+            "External data lies outside the model's folder.", where=f"{where}: {named} is a link, as in the cache of a hub",
+            expected="the file itself", hint="copy the folder with `cp -rL`; graphq does not follow links out of it",
+        )  # fmt: skip
     if not file.is_relative_to(folder) or file == folder:
         raise ModelError(
             "External data lies outside the model's folder.", where=where, expected=f"a file in {folder}",
@@ -97,3 +137,4 @@ def _check_external(tensor: onnx.TensorProto, folder: Path, where: str, declared
         raise ModelError("The model's external data file is cut off.", where=where,
                          expected=f"{file.name} of at least {int(offset) + declared} bytes, it has {file.stat().st_size}",
                          hint="copy the data file again")  # fmt: skip
+    return file

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
-from graphq import ir
+from graphq import ir, ir_proto
 from graphq.calibration import CalibrationSet
 from graphq.errors import VerifyError
 from graphq.executor import BATCH, Executor, Feeds
@@ -38,7 +38,7 @@ def verify_graph(model: ir.Model) -> None:
 
 def _weights_as_inputs(model: ir.Model) -> onnx.ModelProto:
     """The checker insists on reading external data, so large weights are shown to it as inputs; and on ranks, which runtimes do not."""
-    proto = ir.outline(model)
+    proto = ir_proto.outline(model)
     listed = {entry.name for entry in proto.graph.input}
     for entry in [entry for entry in proto.graph.initializer if entry.data_location == onnx.TensorProto.EXTERNAL]:
         if entry.name not in listed:
@@ -55,6 +55,13 @@ class Runnable(Protocol):
 
     def run(self, feeds: Feeds) -> list[Any]:
         """The outputs, in order."""
+
+
+class Streaming(Protocol):
+    """One that takes many batches at once, so that what is too large to be held is read once for all of them."""
+
+    def stream(self, batches: Iterable[Feeds]) -> Iterator[list[Any]]:
+        """The outputs for each of `batches`."""
 
 
 def compare(reference: Runnable, result: Runnable, data: CalibrationSet, names: Sequence[str]) -> tuple[OutputComparison, ...]:

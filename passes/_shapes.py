@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from graphq import ir
+from graphq import ir, ir_proto
 from graphq.passes._normalize_graph import graph_nodes
 from graphq.pipeline import PassContext
 
@@ -21,7 +21,7 @@ def infer_shapes(ctx: PassContext) -> int:
     if all(value.dtype is not None and value.shape is not None for value in values.values()):
         return 0
     try:
-        known = ir.outline(ctx.model, shapes=True)
+        known = ir_proto.outline(ctx.model, shapes=True)
         inferred = onnx.shape_inference.infer_shapes(known, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:  # onnx raises several types; a model without shapes still converts
         ctx.skipped.append(("shape inference", f"onnx cannot infer shapes: {str(error).strip()[:200]}"))

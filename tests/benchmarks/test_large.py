@@ -53,7 +53,7 @@ def test_a_conversion_is_measured_and_drawn(large: Any, tmp_path: Path, monkeypa
     assert [row["whole"] for row in rows] == [True, False, True]
     assert all(20 < row["own_mb"] <= row["peak_mb"] and row["mb_s"] > 0 for row in rows)
     large.write(rows, ["command: this test"], tmp_path)
-    assert (tmp_path / "large.md").read_text().count("in pieces") == 1
+    assert (tmp_path / "large.md").read_text().count("in segments") == 1
     labels = [text.text for text in ElementTree.parse(tmp_path / "large.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"peak, budget 1 MB", "peak, budget 2 MB", "largest layer"} <= set(labels)
 

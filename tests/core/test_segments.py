@@ -1,21 +1,23 @@
-"""Models that run piece by piece give what they give whole, and no piece holds more weights than it may."""
+"""Models that run segment by segment give what they give whole, and no segment holds more weights than it may."""
 
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import numpy as np
 import onnx_ir
 import pytest
 from onnx import numpy_helper, parser
 
-from graphq import ir, linear, qdq, segments
+from graphq import ir, ir_proto, linear, ops, qdq, segments
 from graphq.editor import Editor
-from graphq.executor import Executor
+from graphq.executor import Executor, Fetch
 from graphq.noise import decibel
 from graphq.quantizers import Uniform
 from graphq.segments import Segments
 from graphq.spec import PerGroup, PerTensor, QuantSpec
+from graphq.sweep import Store, Walk
 
 WIDTH, BLOCKS = 32, 6
 BYTES = 4 * WIDTH * WIDTH
@@ -63,13 +65,13 @@ MODELS = {"float": model, "weights": lambda: quantized(False), "activations": la
 
 
 @pytest.mark.parametrize("deployed", [False, True], ids=["exact", "deployed"])
-@pytest.mark.parametrize("piece", [1, 2 * BYTES, 1 << 30], ids=["a layer", "two layers", "all"])
+@pytest.mark.parametrize("segment", [1, 2 * BYTES, 1 << 30], ids=["a layer", "two layers", "all"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_pieces_give_what_the_whole_gives(kind: str, piece: int, deployed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_give_what_the_whole_gives(kind: str, segment: int, deployed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 1e-5 (100 dB). Deployed, quantized ones within 30 dB, that of activations of 8 bits: which layers become integer kernels
     depends on what is around them (two with one weight stay float when they are in one session)."""
-    limit_db = 30 if deployed and kind != "float" and piece < 1 << 30 else 100
-    monkeypatch.setattr(segments, "PIECE", piece)
+    limit_db = 30 if deployed and kind != "float" and segment < 1 << 30 else 100
+    monkeypatch.setattr(segments, "SEGMENT", segment)
     one = MODELS[kind]()
     whole = Executor(one, deployed=deployed)
     found = list(Segments(one, deployed=deployed, memory_budget=1000).stream(batches()))
@@ -94,7 +96,7 @@ def test_no_session_holds_more_weights_than_a_piece(kind: str, monkeypatch: pyte
 
     one = MODELS[kind]()
     limit = BYTES + 100 if kind == "float" else BYTES // 4
-    monkeypatch.setattr(segments, "PIECE", limit)
+    monkeypatch.setattr(segments, "SEGMENT", limit)
     monkeypatch.setattr(segments, "Executor", Watched)
     for _ in Segments(one, deployed=True).stream(batches()):
         pass
@@ -102,8 +104,82 @@ def test_no_session_holds_more_weights_than_a_piece(kind: str, monkeypatch: pyte
 
 
 def test_kernels_are_counted_over_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "PIECE", 1)
+    monkeypatch.setattr(segments, "SEGMENT", 1)
     one = Segments(quantized(False), deployed=True, counts=True)
     for _ in range(2):
         one.run(batches()[0])
         assert one.kernels == {"MatMulNBits": BLOCKS}
+
+
+def sequenced() -> ir.Model:
+    """Layers that a sequence is carried past."""
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    m (float[N, {WIDTH}] x) => (float[N, {WIDTH}] y) <int64 sizes = {{{WIDTH // 2}}}> {{
+        s = SplitToSequence <axis = 1> (x, sizes)  h = MatMul(x, w0)  r = Relu(h)  k = MatMul(r, w1)
+        e = ConcatFromSequence <axis = 1> (s)  y = Add(k, e) }}"""
+    proto = parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name in ("w0", "w1"):
+        proto.graph.initializer.append(numpy_helper.from_array((rng.standard_normal((WIDTH, WIDTH)) / 6).astype(np.float32), name))
+    return onnx_ir.from_proto(proto)
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30], ids=["disk", "memory"])
+def test_sequences_are_carried_from_segment_to_segment(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENT", 1)
+    one = sequenced()
+    whole = Executor(one)
+    for batch, outputs in zip(batches(), Segments(one, memory_budget=budget).stream(batches()), strict=True):
+        np.testing.assert_allclose(outputs[0], whole.run(batch)[0], rtol=1e-5, atol=1e-5)
+
+
+def opened(one: Segments, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The types of the nodes of each segment that `one` runs on all batches."""
+    found, session = list[set[str]](), Segments._session
+
+    def watched(self: Segments, fetches: list[Fetch], nodes: list[ir.Node], feeds: dict[str, ir_proto.Kind]) -> Executor:
+        found.append({node.op_type for node in nodes})
+        return session(self, fetches, nodes, feeds)
+
+    monkeypatch.setattr(Segments, "_session", watched)
+    list(one.stream(batches()))
+    return found
+
+
+def test_nothing_is_cut_before_a_node_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENT", 1)
+    found = opened(Segments(sequenced()), monkeypatch)
+    assert found == [{"SplitToSequence"}, {"MatMul", "Relu"}, {"MatMul", "ConcatFromSequence", "Add"}]
+
+
+def test_subgraphs_are_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all questions of who reads a value: there are as many of them as values."""
+    one, looked, inside = model(), list[ir.Node](), ir.nodes_inside
+    walk = Walk(one, {name: [array] for name, array in batches()[0].items()}, Store(Path(), 1 << 30))
+    monkeypatch.setattr(ir, "nodes_inside", lambda node: looked.append(node) or inside(node))
+    (branch,) = [node for node in one.graph if node.op_type == "If"]
+    for node in inside(branch):
+        assert walk._outer(node) is branch
+    assert looked == list(one.graph)
+
+
+def test_products_of_graphq_are_no_quantizers() -> None:
+    """So that models of them are cut, too."""
+    for name in ops.OPERATORS:
+        assert not qdq.is_quantizer(ir.make_node(name, [], ["y"], domain=ir.DOMAIN))
+    assert qdq.is_quantizer(ir.make_node("RoundToBlocks", [], ["y"], domain=ir.DOMAIN))
+
+
+def test_weights_of_half_precision_are_widened_when_they_are_read() -> None:
+    """And not all at once; the numbers are those of one session."""
+    proto = parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 21]>
+    m (float16[N, {WIDTH}] x) => (float16[N, {WIDTH}] y) {{ h = MatMul(x, w)  y = Relu(h) }}""")
+    weight = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float16)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    proto.graph.value_info.append(onnx_ir.to_proto(onnx_ir.Value(name="h", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16))))
+    model = onnx_ir.from_proto(proto)
+    one = Segments(model)
+    (widened,) = [value.const_value for value in one.model.graph.initializers.values()]
+    assert isinstance(widened, onnx_ir.LazyTensor) and not widened.cache and widened.nbytes == 2 * weight.nbytes
+    feeds = {"x": np.ones((2, WIDTH), np.float16)}
+    np.testing.assert_array_equal(one.run(feeds)[0], Executor(model).run(feeds)[0])

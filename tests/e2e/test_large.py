@@ -48,12 +48,12 @@ def converted(source: Path, out: Path, recipe: str, budget: int) -> Report:
 @pytest.mark.parametrize("recipe", ["int4-weight-only", "int8-weight-only", "w4a16-gptq"])
 def test_the_result_is_the_same_as_without_a_budget(tmp_path: Path, source: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, comparison included (it is written into the file)."""
-    monkeypatch.setattr(segments, "PIECE", 4 * WIDTH * WIDTH)
+    monkeypatch.setattr(segments, "SEGMENT", 4 * WIDTH * WIDTH)
     plain = converted(source, tmp_path / "plain" / "out.onnx", recipe, 2 << 30)
     small = converted(source, tmp_path / "small" / "out.onnx", recipe, TINY_BUDGET)
     assert plain.latency is not None and small.latency is None
-    assert any("piece by piece: speed was not measured" in note for note in small.notes)
-    assert not any("piece by piece" in note for note in plain.notes)
+    assert any("segment by segment: speed was not measured" in note for note in small.notes)
+    assert not any("segment by segment" in note for note in plain.notes)
     assert (plain.comparison, plain.integer_kernels, plain.quantized) == (small.comparison, small.integer_kernels, small.quantized)
     assert [file.name for file in (tmp_path / "small").iterdir()] == ["out.onnx"]
     assert (tmp_path / "plain" / "out.onnx").read_bytes() == (tmp_path / "small" / "out.onnx").read_bytes()
@@ -70,6 +70,14 @@ def test_results_too_large_for_one_file_get_data_of_their_own_name(tmp_path: Pat
     assert (tmp_path / "plain" / "out.onnx.data").read_bytes() == (tmp_path / "small" / "out.onnx.data").read_bytes()
 
 
+def spilled(folder: Path) -> bool:
+    """Whether this process holds a nameless file in `folder`."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("there is no /proc/self/fd here")
+    links = [file.readlink() for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    return any(link.is_relative_to(folder) and link.name.endswith("(deleted)") for link in links)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("where", ["graphq.qdq.insert_weight", "graphq.segments.Segments._session", "graphq.ir.save"])
 def test_an_interrupt_leaves_nothing_behind(
@@ -80,7 +88,7 @@ def test_an_interrupt_leaves_nothing_behind(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
     def interrupted(*args: object, **options: object) -> object:
-        assert where != "graphq.segments.Segments._session" or [*(tmp_path / "out").glob(".out.onnx.*/weights")], "weights were spilled"
+        assert where != "graphq.segments.Segments._session" or spilled(tmp_path / "out"), "weights were spilled"
         raise error
 
     monkeypatch.setattr(where, interrupted)
@@ -115,7 +123,7 @@ def test_spilled_tensors_read_back_as_they_were(tmp_path: Path) -> None:
         edit = Editor(model, keep)
         values = {storage: edit.initializer(f"{storage}_codes", array, storage) for storage, array in arrays.items()}
         for storage, value in values.items():
-            assert isinstance(value.const_value, ir_files.Stored)
+            assert isinstance(value.const_value, ir_files.FileTensor)
             np.testing.assert_array_equal(ir.constant(value).astype(arrays[storage].dtype), arrays[storage])  # type: ignore[union-attr]
         ir.save(model, tmp_path / "m.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
@@ -159,3 +167,23 @@ def test_the_report_of_a_model_in_pieces_can_be_read(tmp_path: Path, source: Pat
     convert(source, tmp_path / "out.onnx", recipe="int4-weight-only", memory_budget=TINY_BUDGET, report_dir=tmp_path / "report")
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     assert data["latency"] is None and data["integer_kernels"] and data["comparison"]
+
+
+def test_an_evaluation_opens_each_segment_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of its batches."""
+    opened, session = list[object](), segments.Segments._session
+
+    def counted(*arguments: object) -> object:
+        opened.append(arguments)
+        return session(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segments.Segments, "_session", counted)
+    counts = []
+    for samples in (4, 32):
+        opened.clear()
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "eval.npz", ids=rng.integers(0, ROWS, (samples, 8)), labels=rng.integers(0, WIDTH, (samples, 8)))
+        done = convert(source, tmp_path / "out.onnx", recipe="int8-weight-only", memory_budget=TINY_BUDGET, evaluate=tmp_path / "eval.npz")
+        assert done.accuracy is not None and done.accuracy.samples == samples
+        counts.append(len(opened))
+    assert counts[0] == counts[1]

@@ -14,7 +14,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from pydantic import TypeAdapter
 
-from graphq import ir
+from graphq import ir, ir_proto
 from graphq.backends import tensorrt
 from graphq.calibration import open_calibration
 from graphq.errors import TargetError
@@ -290,7 +290,7 @@ def test_runtimes_agree_on_a_real_model(assets: ModuleType, quantizer: Any) -> N
     names = [value.name or "" for node in calls for value in (node.inputs[0], node.outputs[0])]
     arrays = Executor(model, [Fetch(name) for name in names]).run(images)
     for node, x, y in zip(calls, arrays[::2], arrays[1::2], strict=True):
-        alone, _ = ir.segment_proto(model, [node], {node.inputs[0].name: x.dtype})  # type: ignore[union-attr]
+        alone, _ = ir_proto.segment_proto(model, [node], {node.inputs[0].name: x.dtype})  # type: ignore[union-attr]
         alone.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.outputs[0].name))
         (expected,) = ReferenceEvaluator(alone).run(None, {node.inputs[0].name: x})  # type: ignore[union-attr]
         assert np.mean(np.abs(y - expected) > 1e-5) < 1e-4
