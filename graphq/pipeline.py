@@ -20,6 +20,7 @@ from graphq import ir
 from graphq.calibration import CalibrationSet
 from graphq.editor import Editor
 from graphq.errors import GraphqError, RecipeError
+from graphq.exactness import Exactness
 from graphq.executor import BATCH, THREADS, WORKERS, Executor, Feeds, Fetch, run_ahead, sample_size, sample_step
 from graphq.observers import Observer, Stat
 from graphq.recipe import changed_options
@@ -201,7 +202,7 @@ class Pass(ABC):
     """Whether changing nothing means that there was nothing to do (normalize), rather than that nothing matched."""
 
     keeps_function: ClassVar[bool] = False
-    """Whether the model computes the same after it: such passes at the head of a recipe change the reference too."""
+    """Whether the model computes the same after it: such passes at the head of a recipe change the reference too. One sample checks it."""
     needs_data: ClassVar[bool] = False
     """Whether it reads calibration data."""
     needs_weights: ClassVar[bool] = True
@@ -230,9 +231,10 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
     Raises:
         RecipeError: a pass changed nothing and neither it nor the recipe allows that.
         TargetError: a pass cannot write for the target.
-        VerifyError: the graph is not valid after a pass.
+        VerifyError: the graph is not valid after a pass, or computes something else after passes that keep the function.
     """
     records, exact, stale, asked = [], True, False, 0
+    exactness, row = Exactness(ctx.calib, ctx.memory_budget), list[str]()
     for index, one in enumerate(passes):
         ctx.progress(one.name, index, len(passes))
         # What only rewrites floats may make the rest possible; before anything else, all that are left are asked.
@@ -249,11 +251,16 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         ctx.measurements, ctx.skipped, ctx.is_idle, ctx.edit.author = [], [], False, one.name
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
+            if one.keeps_function and not row:
+                exactness.note(ctx.model, ctx.edit.version)
+            row = [*row, one.name] if one.keeps_function else []
             one.apply(ctx.model, ctx)
             edits = dict(ctx.edit.edits - before)
             if edits:
                 verify(ctx.model)
             one.check(ctx.model)
+            if row and not any(later.keeps_function for later in passes[index + 1 : index + 2]):  # once a row: it costs two runs
+                exactness.require(ctx.model, ctx.edit.version, row)
         except GraphqError as error:
             error.add_note(f"  pass: {one.name}, number {index + 1} of {len(passes)}")
             raise

@@ -217,3 +217,33 @@ def test_extrema_come_from_every_batch_and_subsamples_from_some(width: int) -> N
         assert counted == x.size
     else:
         assert SAMPLED_BATCHES * BATCH * SAMPLE_SIZE / 2 <= counted < 200 * SAMPLE_SIZE / 2
+
+
+# ---- passes that keep the function ----------------------------------------------------------------------------------
+
+
+@pass_options
+class Claiming(Scale):
+    """Says that it keeps the function, which it does with a factor of 1 / 1."""
+
+    name: ClassVar[str] = "claiming"
+    keeps_function: ClassVar[bool] = True
+
+
+def test_a_pass_that_changes_the_function_and_says_otherwise_is_named(ctx: PassContext) -> None:
+    """By 3 %: 30 dB; a change of 0.1 % passes, as do passes that claim nothing."""
+    run_passes([Scale(), Claiming(factor=1.001)], ctx, verify.verify_graph)
+    with pytest.raises(VerifyError, match="before claiming, which should keep the function") as caught:
+        run_passes([Scale(), Claiming(factor=1.03)], ctx, verify.verify_graph)
+    assert "claiming, number 2 of 2" in "".join(caught.value.__notes__) and "30." in str(caught.value.where)
+
+
+def test_models_larger_than_the_budget_are_not_run(ctx: PassContext) -> None:
+    ctx.memory_budget = 15  # of 16 bytes of weights
+    run_passes([Claiming(factor=2.0)], ctx, verify.verify_graph)
+
+
+def test_outputs_that_differ_from_run_to_run_tell_nothing(ctx: PassContext) -> None:
+    noisy = ir.from_onnx_text(TEXT.replace("[two] y = Neg(a)", "[two] r = RandomNormalLike(a) y = Add(a, r)"))
+    other = PassContext(model=noisy, reference=ir.clone(noisy), calib=ctx.calib, held_out=ctx.calib, target=ctx.target)
+    run_passes([Claiming(factor=1.001)], other, verify.verify_graph)
