@@ -20,7 +20,7 @@ POINTS = 20
 """Exponents rho that are tried: 0, 1/20, ... 19/20."""
 
 CLIPS = _round_math.CLIPS[:18:4]
-"""Shares of a range that are tried for each of them, down to half; the pass that rounds searches more finely."""
+"""Shares of a range that are tried for each of them, down to 0.47; the pass that rounds searches more finely."""
 
 OUTPUTS = 128
 """Outputs of each layer to judge by, at most: rows of a weight are rounded independently, and errors are sums over them."""

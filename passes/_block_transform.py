@@ -6,34 +6,37 @@ mixes by different weights. Elsewhere it runs with the model, as a product with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from graphq import ir, linear, precision
+from graphq import ir, linear, precision, stored
 from graphq.editor import Editor
 from graphq.exclude import is_excluded
-from graphq.passes import _bias, _scaling, _value_layer
+from graphq.passes import _bias, _layer_rows, _scaling, _value_layer
 from graphq.passes._block_transform_math import Transform
+from graphq.passes._layer_rows import Edges
 from graphq.precision import Bits
 
-Edges = dict[ir.Value, list[ir.Node]]
-"""Values, each with the layers of which it is the data."""
+
+def edges(model: ir.Model, skip: Callable[[ir.Node, str], None] = lambda node, reason: None, exclude: Sequence[str] = ()) -> Edges:
+    """What MatMul and Gemm layers of the main graph with float weights read, and nobody asked a float layer of.
+
+    Args:
+        skip: Called with every other MatMul or Gemm that has a constant weight, and the reason.
+        exclude: Patterns of layers that are left alone.
+    """
+    products = [node for node in _layer_rows.candidates(model) if node.op_type in ("MatMul", "Gemm")]
+    layers = [node for node in products if stored.is_fixed(linear.weight_of(node))]
+    return _layer_rows.by_input(layers, lambda node: refusal(model, node, exclude), skip)
 
 
-def edges(model: ir.Model) -> Edges:
-    """What MatMul and Gemm layers of the main graph with float weights read, and nobody asked a float layer of."""
-    found: Edges = {}
-    for node in model.graph:
-        if refusal(node) is None:
-            found.setdefault(linear.data_of(node), []).append(node)
-    return found
-
-
-def refusal(node: ir.Node, exclude: Sequence[str] = ()) -> str | None:
+def refusal(model: ir.Model, node: ir.Node, exclude: Sequence[str] = ()) -> str | None:
     """Why what `node` sums over cannot be transformed; None if it can."""
     if is_excluded(node, exclude):
         return "excluded by the recipe"
+    if node.graph is not model.graph:
+        return "it lies in a subgraph"
     if node.op_type not in ("MatMul", "Gemm") or node.domain:
         return "not a matrix product"
     if reason := linear.linear_refusal(node):
@@ -45,8 +48,11 @@ def refusal(node: ir.Node, exclude: Sequence[str] = ()) -> str | None:
     if precision.asked(node, Bits(8, 8)) == Bits(None, None):
         return "a float layer was asked for"
     data = linear.data_of(node)
-    if ir.shape_of(data) is None:
+    shape = ir.shape_of(data)
+    if shape is None:
         return "the rank of its data is not known"
+    if len(shape) < 2:
+        return "its data is a vector"
     return None if ir.is_float(data) and ir.constant(data) is None else "its data input is not a float32 activation"
 
 
@@ -153,6 +159,6 @@ def _fold(edit: Editor, source: _value_layer.Source, transform: Transform) -> No
         holder, index = slot
         bias = ir.constant(holder.inputs[index])
         assert bias is not None
-        edit.set_weight(holder, index, moved(bias))
+        edit.set_weight(holder, index, moved(np.broadcast_to(bias, (*bias.shape[:-1], len(order)))))
     for node in (layer, *source.path):
         edit.now_makes(node.outputs[0], "transformed")

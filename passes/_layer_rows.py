@@ -7,7 +7,7 @@ at the rows that are picked, so that memory does not grow with the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,22 @@ def refusal(model: ir.Model, node: ir.Node, exclude: Sequence[str]) -> str | Non
     if node.op_type == "ConvTranspose":
         return "a transposed convolution is no product of rows of its input with its weight"
     return linear.linear_refusal(node)
+
+
+Edges = dict[ir.Value, list[ir.Node]]
+"""Values, each with the layers of which it is the data."""
+
+
+def by_input(nodes: Iterable[ir.Node], refusal: Callable[[ir.Node], str | None],
+             skip: Callable[[ir.Node, str], None] = lambda node, reason: None) -> Edges:  # fmt: skip
+    """`nodes` by what they read; those for which `refusal` has a reason go to `skip` with it."""
+    found: Edges = {}
+    for node in nodes:
+        if reason := refusal(node):
+            skip(node, reason)
+        else:
+            found.setdefault(linear.data_of(node), []).append(node)
+    return found
 
 
 @dataclass(frozen=True)

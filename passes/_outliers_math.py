@@ -26,13 +26,15 @@ class Split:
     Attributes:
         codes: [O, K].
         qparams: Of the rows, symmetric.
-        missing: float16 [O, K]: what has to be added to the exceptions; 0 elsewhere.
+        missing: float16 [O, K]: what has to be added to the exceptions, in units of `unit`; 0 elsewhere.
+        unit: The largest magnitude of what is missing, so that weights of any size keep the precision of float16.
         power, noise: Sums of squares of the weight, and of what it loses.
     """
 
     codes: np.ndarray
     qparams: QParams
     missing: np.ndarray
+    unit: np.float32
     power: float
     noise: float
 
@@ -51,9 +53,11 @@ def split(rows: np.ndarray, spec: QuantSpec, sigmas: float, most: float) -> Spli
     quantizer, qparams = Uniform(spec), fit(rest, spec)
     codes = quantizer.quantize(rest, qparams)
     decoded = quantizer.dequantize(codes, qparams)
-    missing = np.where(is_kept, rows - decoded, 0).astype(np.float16)
-    lost = rows - decoded - missing
-    return Split(codes, qparams, missing, *(float(np.sum(np.square(part), dtype=np.float64)) for part in (rows, lost)))
+    away = np.where(is_kept, rows - decoded, np.float32(0))
+    unit = np.maximum(np.abs(away).max(), MIN_SCALE, dtype=np.float32)
+    missing = (away / unit).astype(np.float16)
+    lost = rows - decoded - missing.astype(np.float32) * unit
+    return Split(codes, qparams, missing, unit, *(float(np.sum(np.square(part), dtype=np.float64)) for part in (rows, lost)))
 
 
 def fit(rows: np.ndarray, spec: QuantSpec) -> QParams:

@@ -19,7 +19,7 @@ from graphq.exclude import require_matches
 from graphq.executor import run_ahead
 from graphq.noise import decibel
 from graphq.observers import ChannelRange, Range, Rows, Stat, range_stat
-from graphq.passes import _bias, _placement, _scaling
+from graphq.passes import _bias, _layer_rows, _placement, _scaling
 from graphq.passes import _migrate_math as math
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
@@ -116,8 +116,4 @@ class Migrate(Pass):
         matrices = [node for node in anchors if node.op_type in ("MatMul", "Gemm")]
         if sum(map(linear.multiply_adds, matrices)) < sum(map(linear.multiply_adds, anchors)) / 2:
             return {}
-        layers: dict[ir.Value, list[ir.Node]] = {}
-        for node in matrices:
-            if not ir.attribute(node, "transA", 0):
-                layers.setdefault(linear.data_of(node), []).append(node)
-        return layers
+        return _layer_rows.by_input(matrices, lambda node: "its data is transposed" if ir.attribute(node, "transA", 0) else None)

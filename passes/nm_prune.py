@@ -4,7 +4,9 @@ Layer by layer, each seeing what the pruned layers before it produce, and refitt
 the reference's output instead makes up for the layers before, but with errors of this size it shrinks everything: ViT-Tiny fell
 from 42 to 24 % top-1). More data helps most: ViT-Tiny, 82.4 % as it is, keeps 40 % at 2:4 with 64 calibration images and 48 % with 256.
 Groups lie along the input channels, for each position of a kernel and each group of a convolution; channels
-that fill no group stay dense. Weights are stored dense, with zeros, which all later passes keep.
+that fill no group stay dense. Weights are stored dense, with zeros, which symmetric integers keep.
+What mixes the inputs of a layer does not (`rotate`, `wush`, `higgs`, `svd-branch`), nor do `channel-repair` and the lower widths of
+`digit-planes`; `rotate`, `wush` and `channel-repair` belong before this pass.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ class NmPrune(Pass):
         for node in nodes:
             if node in seen:
                 continue
-            found = _channels.region(node) if node in taps else "each group of the convolution has its own"
+            found = _channels.region(node) if node in taps else _ORDERED[node.op_type]
             if isinstance(found, str):
                 ctx.skip(node, f"pruned with its input channels in the order they have: {found}")
                 continue
@@ -149,6 +151,9 @@ class NmPrune(Pass):
             if obstacle is not None:
                 ctx.skip(node, f"pruned, but not for {ctx.target.name}'s sparse kernels: {obstacle}")
         ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), **numbers)
+
+
+_ORDERED = {"Conv": "each group of the convolution has its own", "Gemm": "its data is transposed, so that rows are channels"}
 
 
 def _is_whole(node: ir.Node) -> bool:

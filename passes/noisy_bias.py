@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graphq import ir, linear, stored
 from graphq.exclude import is_excluded, require_matches
-from graphq.passes import _bias, _pairs, _token_layers
+from graphq.passes import _bias, _layer_rows, _pairs, _token_layers
 from graphq.passes import _noisy_bias_math as math
 from graphq.passes._pairs import Pair
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -68,15 +68,7 @@ class NoisyBias(Pass):
 
     def _pairs(self, model: ir.Model, ctx: PassContext) -> dict[ir.Value, Pair]:
         """The quantizers that can get noise, by the value that layers read."""
-        readers: dict[ir.Value, list[ir.Node]] = {}
-        for node in model.graph:
-            if node.domain or node.op_type not in linear.LINEAR_OPS:
-                continue
-            maker = linear.data_of(node).producer()
-            if maker is None or maker.op_type != "DequantizeLinear":
-                ctx.skip(node, "its data input is not quantized")
-            else:
-                readers.setdefault(linear.data_of(node), []).append(node)
+        readers = _layer_rows.by_input((node for node in _layer_rows.candidates(model) if node.graph is model.graph), _float_data, ctx.skip)
         pairs = {}
         for value, nodes in readers.items():
             pair = _pairs.read(value)
@@ -100,6 +92,11 @@ class NoisyBias(Pass):
         if pair is None:
             return "its quantizer is not a QuantizeLinear and a DequantizeLinear with one constant scale"
         return "an addition would split the integer kernel before it" if _leaves_kernel(pair.source, target) else None
+
+
+def _float_data(node: ir.Node) -> str | None:
+    maker = linear.data_of(node).producer()
+    return "its data input is not quantized" if maker is None or maker.op_type != "DequantizeLinear" else None
 
 
 def _has_matrix(node: ir.Node) -> bool:

@@ -29,20 +29,22 @@ from graphq.quantizers import Uniform
 from graphq.spec import QuantSpec
 from graphq.targets import Target
 
-PATCH = """PatchedWeight (weight, steps, missing) => (patched) {
+PATCH = """PatchedWeight (weight, steps, missing, unit) => (patched) {
   flat_shape = Constant<value = int64[1] {-1}> ()
   flat = Reshape (weight, flat_shape)
   axis = Constant<value = int64 {0}> ()
   wide = Cast<to = 7> (steps)
   places = CumSum (wide, axis)
-  values = Cast<to = 1> (missing)
+  shares = Cast<to = 1> (missing)
+  values = Mul (shares, unit)
   nothing = Sub (flat, flat)
   sparse = ScatterElements<axis = 0> (nothing, places, values)
   sum = Add (flat, sparse)
   shape = Shape (weight)
   patched = Reshape (sum, shape)
 }"""
-"""weight: any shape; steps: uint8 [n], whose running sum are places in the flattened weight; missing: float16 [n], added there."""
+"""weight: any shape; steps: uint8 [n], whose running sum are places in the flattened weight; missing: float16 [n], in units of
+`unit` (float32), added there."""
 
 
 @pass_options
@@ -106,7 +108,8 @@ class Outliers(Pass):
         steps, values = math.steps(layer.stored(found.missing.reshape(weight.shape)))
         coarse = codebooks.insert(ctx.edit, node, coded)
         if len(steps):
-            operands = [coarse, ctx.edit.initializer(f"{coarse.name}_steps", steps), ctx.edit.initializer(f"{coarse.name}_missing", values)]
+            arrays = {"steps": steps, "missing": values, "unit": np.asarray(found.unit)}
+            operands = [coarse, *(ctx.edit.initializer(f"{coarse.name}_{key}", array) for key, array in arrays.items())]
             patched = functions.call(ctx.edit, PATCH, node, operands, output=f"{coarse.name}_patched", like=coarse, after=False)
             ctx.edit.rewire(node, index, patched)
         kept = np.count_nonzero(found.missing)

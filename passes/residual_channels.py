@@ -68,9 +68,7 @@ class ResidualChannels(Pass):
         chosen = {node.outputs[0].name for node, reason in reasons.items() if reason is None}
         if self.format is not None and chosen:
             ctx.edit.raise_opset(block_floats.OPSETS[self.format])  # may replace nodes
-        layers: dict[ir.Value, list[ir.Node]] = {}
-        for node in [node for node in model.graph if node.outputs[0].name in chosen]:
-            layers.setdefault(linear.data_of(node), []).append(node)
+        layers = _layer_rows.by_input((node for node in model.graph if node.outputs[0].name in chosen), lambda node: None)
         observers = {value: ChannelRange(_source(value).name or "", -1) for value in layers}
         stats = ctx.observe(observers.values())
         for value, nodes in layers.items():

@@ -52,7 +52,7 @@ class Rotate(Pass):
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         rotated = self._rotate_streams(model, ctx) if self.residual else set()
-        for value, nodes in _block_transform.edges(model).items():
+        for value, nodes in _block_transform.edges(model, ctx.skip, self.exclude).items():
             taken = [node for node in nodes if node not in rotated and not is_excluded(node, self.exclude)]
             maker = value.producer()
             if taken and maker is not None and made_by(maker) == self.name:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir
-from graphq.exclude import is_excluded, require_matches
+from graphq.exclude import require_matches
 from graphq.observers import BlockGram
 from graphq.passes import _block_transform, _scaling
 from graphq.passes import _block_transform_math as math
@@ -49,13 +49,12 @@ class Wush(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         observers = dict[ir.Value, BlockGram]()
         layers = dict[ir.Value, list[ir.Node]]()
-        for value, nodes in _block_transform.edges(model).items():
-            taken = [node for node in nodes if not is_excluded(node, self.exclude)]
+        for value, nodes in _block_transform.edges(model, ctx.skip, self.exclude).items():
             block = math.best_block(len(_scaling.matrix(nodes[0])), self.block, LEAST)
-            if taken and block is not None:
-                layers[value], observers[value] = taken, BlockGram(value.name or "", block)
-            elif taken:
-                ctx.skip(taken[0], f"its inputs cannot be divided into blocks of {LEAST} to {self.block}")
+            if block is not None:
+                layers[value], observers[value] = nodes, BlockGram(value.name or "", block)
+            else:
+                ctx.skip(nodes[0], f"its inputs cannot be divided into blocks of {LEAST} to {self.block}")
         stats = ctx.observe(observers.values())
         for value, nodes in layers.items():
             stat = stats[observers[value]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from onnx import numpy_helper, parser
@@ -156,6 +159,7 @@ REFUSED = {
     "it is quantized already": "d = DequantizeLinear(q, s) [it] y = MatMul(x, d)",
     "excluded by the recipe": "[excluded] y = MatMul(x, w)",
     "its data input is not a float32 activation": "[it] y = MatMul(w, w)",
+    "its data is a vector": "i = Constant<value = int64 {0}>() r = Gather(x, i) [it] y = MatMul(r, w)",
 }
 
 
@@ -163,8 +167,44 @@ REFUSED = {
 def test_what_is_refused(reason: str) -> None:
     constants = "<float[4, 4] w = {" + ", ".join(["1"] * 16) + "}, int8[4, 4] q = {" + ", ".join(["1"] * 16) + "}, float s = {1}>"
     body = f"g (float[4, 4] x) => (float[4, 4] y) {constants} {{ {REFUSED[reason]} }}"
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {body}')
-    assert _block_transform.refusal(model.graph[-1], ["excluded"]) == reason
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {body}')
+    model = ir.onnx_ir.from_proto(ir.onnx.shape_inference.infer_shapes(proto))
+    assert _block_transform.refusal(model, model.graph[-1], ["excluded"]) == reason
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (12,), (1, 12), (5, 1), (5, 12)])
+def test_a_bias_of_any_shape_is_taken_along(shape: tuple[int, ...]) -> None:
+    """Into the layer before, whose bias is broadcast: to 1e-5."""
+    rng = np.random.default_rng(0)
+    proto = parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (float[5, 8] x) => (float[5, 6] y) '
+                               "{ c = Gemm(x, v, b) y = MatMul(c, out) }")  # fmt: skip
+    for name, size in {"v": (8, D), "b": shape, "out": (D, 6)}.items():
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(size).astype(np.float32), name))
+    model, x = ir.onnx_ir.from_proto(ir.onnx.shape_inference.infer_shapes(proto)), rng.standard_normal((5, 8)).astype(np.float32)
+    before, edit, layer = Executor(model).run({"x": x})[0], Editor(model), model.graph[-1]
+    _block_transform.apply(edit, layer.inputs[0], [layer], math.block_hadamard(D, 4, 0))  # type: ignore[arg-type]
+    assert not edit.edits["insert"]
+    np.testing.assert_allclose(Executor(model).run({"x": x})[0], before, atol=1e-5 * np.abs(before).max())
+
+
+EVERYWHERE = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[64, 64] x) => (float[64, 64] y) {
+  [fine] a = MatMul(x, w) r = Relu(a) [turned] t = Gemm<transA = 1>(r, v) z = Add(r, t) m = ReduceMax<keepdims = 0>(z)
+  zero = Constant<value = float {0}>() c = Greater(m, zero)
+  y = If(c) < then_branch = g1 () => (float[64, 64] p) { [inner] p = MatMul(z, w) },
+              else_branch = g2 () => (float[64, 64] q) { q = Neg(z) }> }"""
+
+
+@pytest.mark.parametrize("line", ["rotate", "wush", "awq: {min_gain_db: 0, min_gain_mul_db: 0}", "digit-planes"])
+def test_no_layer_is_left_out_without_a_reason(line: str, after: Callable[..., Any]) -> None:
+    """What lies in a subgraph, and a product whose data is transposed, of which digit-planes takes the weight."""
+    rng, proto = np.random.default_rng(0), parser.parse_model(EVERYWHERE)
+    for name, size in {"w": (64, 64), "v": (64, 64)}.items():
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(size).astype(np.float32), name))
+    x = rng.standard_normal((64, 64)).astype(np.float32)
+    _, record = after(ir.onnx_ir.from_proto(ir.onnx.shape_inference.infer_shapes(proto)), x, line)
+    reasons = {where.split("'")[1]: reason for where, reason in record.skipped if "'" in where}
+    assert reasons["inner"] == "it lies in a subgraph" and ("turned" in reasons) == (line != "digit-planes")
 
 
 def test_float_layers_that_were_asked_for_are_left_alone() -> None:

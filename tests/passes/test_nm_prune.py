@@ -436,6 +436,7 @@ MIXED = {
     "a softmax": ("16", "h = Gemm(x, a) r = Softmax(h) [it] y = Gemm(r, w)", "Softmax"),
     "another reader": ("16", "h = Gemm(x, a) t = Concat <axis = 1> (h, h) z = Relu(t) [it] y = Gemm(h, w)", "Concat"),
     "a computed weight": ("16", "h = Gemm(x, a) t = Transpose(h) z = MatMul(h, t) [it] y = Gemm(h, w)", "does not sum over them"),
+    "transposed data": ("16", "h = Gemm(x, a) t = Transpose(h) r = Relu(t) [it] y = Gemm <transA = 1> (r, w)", "rows are channels"),
     "groups": ("16, 4, 4", "h = Conv <group = 2> (x, kg) r = Relu(h) [it] y = Conv(r, kw)", "in groups"),
 }
 

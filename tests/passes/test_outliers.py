@@ -141,6 +141,16 @@ def test_places_are_running_sums_of_bytes(places: list[int]) -> None:
     assert steps.dtype == np.uint8 and len(np.unique(np.cumsum(steps, dtype=np.int64))) == len(steps)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e5, 1e9])
+def test_weights_of_any_size(size: float) -> None:
+    """Their SQNR is that of weights of size 1, to 0.5 dB: float16 neither overflows nor loses digits."""
+    weight, numbers = heavy(0, 64, 96), []
+    for factor in (1.0, size):
+        _, record = apply("[it] y = MatMul(x, w)", "float[N, 64] x", weight * np.float32(factor))
+        numbers.append(record.measurements[0].numbers["weight_sqnr_db"])
+    assert numbers[1] == pytest.approx(numbers[0], abs=0.5)
+
+
 def test_everything_is_decoded_at_load() -> None:
     """ONNX Runtime keeps one product of floats; a layer without exceptions needs no function for them."""
     model, _ = apply("[it] y = MatMul(x, w)", "float[N, 64] x", heavy(0, 64, 24))
@@ -170,8 +180,9 @@ def test_it_follows_what_a_layer_was_asked_for() -> None:
 def test_the_function_adds_at_places() -> None:
     model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 21]>\ng (float[2, 3] x) => (float[2, 3] y) { y = Neg(x) }')
     ctx = PassContext(model=model, reference=model, calib=None, held_out=None, target=get_target("onnxruntime"))  # type: ignore[arg-type]
-    steps, values = ctx.edit.initializer("s", np.uint8([1, 3])), ctx.edit.initializer("m", np.float16([0.5, 2]))
+    arrays = {"s": np.uint8([1, 3]), "m": np.float16([0.25, 1]), "u": np.float32(2)}
+    operands = [ctx.edit.initializer(name, np.asarray(array)) for name, array in arrays.items()]
     out = model.graph.outputs[0]
-    patched = functions.call(ctx.edit, outliers.PATCH, model.graph[0], [out, steps, values], output="p", like=out)
+    patched = functions.call(ctx.edit, outliers.PATCH, model.graph[0], [out, *operands], output="p", like=out)
     ctx.edit.replace_output(out, patched)
     np.testing.assert_array_equal(Executor(model).run({"x": np.zeros((2, 3), np.float32)})[0], [[0, 0.5, 0], [0, 2, 0]])
