@@ -1,5 +1,5 @@
-"""Do the passes that say so keep what the model computes? One sample runs before and after a row of them: a twentieth of a second each
-for small models, and about 3 % of converting ViT-Tiny."""
+"""Do the passes that say so keep what the model computes? One sample runs before and after a row of them:
+4 % of the time that converting ViT-Tiny by `int8` takes with 128 images, 10 % with 16."""
 
 from __future__ import annotations
 
