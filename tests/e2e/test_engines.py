@@ -177,7 +177,7 @@ def test_branches_and_residuals(case: str, tmp_path: Path) -> None:
 
 CODES_OF_TABLES = {
     "nf4": "- quantize-weights: {format: nf4, group_size: 32}",
-    "outliers": "- outliers",
+    "outliers": "- outliers: {min_gain_db: 0}",
     "higgs": "- higgs: {bits: 4}",
     "higgs at run time": "- higgs: {bits: 4, where: activations}",
 }

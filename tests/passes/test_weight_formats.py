@@ -22,8 +22,8 @@ from graphq.verify import verify_graph
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[n, 64] x, float[64, 32] w, float[32, 32] v) => (float[n, 32] y) { [asks] a = MatMul(x, w) r = Relu(a) [plain] y = MatMul(r, v) }"""
 STORES = {
-    "quantize-weights": "{bits: 4}", "outliers": "{}", "residual-expand": "{}", "round": "{layers: all}", "higgs": "{bits: 4}",
-    "nf4": "{format: nf4}",
+    "quantize-weights": "{bits: 4}", "nf4": "{format: nf4}", "outliers": "{min_gain_db: 0, most: 0.1, sigmas: 2}", "residual-expand": "{}",
+    "round": "{layers: all}", "higgs": "{bits: 4}",
 }  # fmt: skip
 Weighted = Callable[[str, np.random.Generator], ir.Model]
 
