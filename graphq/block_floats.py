@@ -200,7 +200,10 @@ RoundE2M1 (x, scale, blocks) => (y) {
 
 
 def emulated(model: ir.Model) -> ir.Model:
-    """A model that computes in float32 what the 4-bit floats in the main graph of `model` stand for; itself if there are none."""
+    """A model that computes in float32 what the 4-bit floats in the main graph of `model` stand for; itself if there are none.
+
+    The nodes of `model` are put in topological order for it.
+    """
     narrow = ir.DataType.FLOAT4E2M1
     found = [node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].dtype == narrow]  # type: ignore[union-attr]
     if not found:
@@ -216,8 +219,6 @@ def emulated(model: ir.Model) -> ir.Model:
         if array is not None:
             wide = edit.initializer(f"{codes.name}_wide", array.astype(np.float32))
             _take_place(edit, node, _scaled(edit, node, wide, scale))
-            if not codes.uses():
-                del copy.graph.initializers[codes.name or ""]
         elif maker is not None and maker.op_type == "QuantizeLinear" and "block_size" in maker.attributes:
             block, rank = ir.attribute(maker, "block_size"), len(ir.shape_of(codes) or ())
             blocks = edit.initializer(f"{codes.name}_blocks", np.array([*[0] * (rank - 1), -1, block]))
@@ -226,6 +227,7 @@ def emulated(model: ir.Model) -> ir.Model:
             _take_place(edit, node, rounded)
             if not codes.uses():
                 edit.remove(maker)
+    edit.prune_constants()
     return copy
 
 
@@ -246,8 +248,9 @@ def _take_place(edit: Editor, node: ir.Node, new: ir.Value) -> None:
     if old.dtype not in (None, ir.DataType.FLOAT):
         new = edit.insert(node, "Cast", [new], output=f"{name}_cast", attributes={"to": int(old.dtype or 0)}, like=old)
     edit.replace(old, new)
+    if new.name != name:
+        edit.swap_names(old, new)
     edit.remove(node)
-    new.name = name
 
 
 def _scaled(edit: Editor, node: ir.Node, wide: ir.Value, scale: ir.Value) -> ir.Value:

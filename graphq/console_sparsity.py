@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 NOTABLE = 0.01
 """Share of zeros from which a layer without a pattern is listed."""
 
+KERNELS = 5
+"""Kernels that are listed: those that would keep most at one of their positions."""
+
 
 def show(found: Zeros) -> None:
     patterns = Counter(f"layers {_pattern(layer)}" for layer in found.layers if layer.pattern)
@@ -24,12 +27,14 @@ def show(found: Zeros) -> None:
         table(("layer", "operator", "weight", right, "pattern"), [
             (layer.name, layer.op_type, shape(layer.shape), share(layer.zeros), _pattern(layer) or "-") for layer in sparse
         ])  # fmt: skip
-    kernels = [layer for layer in found.layers if layer.positions]
+    kernels = sorted((layer for layer in found.layers if layer.positions), key=lambda layer: min(layer.positions))
     if kernels:
         table(("kernel", "sparsity of its positions if half of the weights went, in %", "less than half"), [
             (layer.name, _rows([f"{100 * one:3.0f}" for one in layer.positions], layer, " "),
-             _rows([".#"[one] for one in layer.spatial_mask], layer, "")) for layer in kernels
+             _rows([".#"[one] for one in layer.spatial_mask], layer, "")) for layer in kernels[:KERNELS]
         ])  # fmt: skip
+    if len(kernels) > KERNELS:
+        say(f"and {len(kernels) - KERNELS} more; --json has all")
 
 
 def _pattern(layer: LayerZeros) -> str:

@@ -138,6 +138,11 @@ class Editor:
         value.name = self.unique(f"{value.name}_{what}")
         self.edits["rename"] += 1
 
+    def swap_names(self, one: Value, other: Value) -> None:
+        """Let each have the other's name: who asks for a value by name gets the other one from then on."""
+        one.name, other.name = other.name, one.name
+        self.edits["rename"] += 1
+
     def replace(self, old: Value, new: Value) -> None:
         """Let every reader of `old` read `new`, and the graph return it; what the model returns keeps its name."""
         if old.is_graph_output() and old.graph is self.model.graph:
@@ -186,6 +191,10 @@ class Editor:
                 for index in range(len(inner.inputs)):
                     inner.replace_input_with(index, None)
             self.remove(node)
+        self.prune_constants()
+
+    def prune_constants(self) -> None:
+        """Remove the initializers that nothing reads."""
         for graph in self.model.graphs():
             for name, value in list(graph.initializers.items()):
                 if not (value.uses() or value.is_graph_output() or value.is_graph_input()):

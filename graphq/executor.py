@@ -60,7 +60,7 @@ class Executor:
     """An ONNX Runtime session over `model` that returns `fetches` in their order.
 
     Args:
-        model: The model. It is not changed; its weights are shared with the session, not copied.
+        model: The model. It is not changed, though its nodes may be put in order; its weights are shared with the session, not copied.
         fetches: What to return; the model's outputs by default.
         nodes: Run only these nodes of the main graph, in their order in the graph. `feeds` then are the values they read.
         feeds: Element type by value name, for the values that are fed when `nodes` is given.

@@ -112,7 +112,7 @@ def _read_wide(edit: Editor, out: ir.Value, narrow: ir.Value) -> None:
     if out.is_graph_output() and narrow is not out:
         edit.replace_output(out, narrow)
     elif not (out.is_graph_output() or out.is_graph_input()):
-        out.name, wide.name = wide.name, out.name  # whoever asks for the value gets numbers that numpy knows
+        edit.swap_names(out, wide)  # whoever asks for the value gets numbers that numpy knows
 
 
 def _is_hidden(node: ir.Node, model: ir.Model) -> bool:

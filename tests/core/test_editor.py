@@ -228,6 +228,21 @@ def test_a_node_that_is_read_is_not_removed() -> None:
     assert not edit.edits and len(ops(model)) == 5
 
 
+def test_names_are_swapped() -> None:
+    model, edit = opened()
+    one, two = model.graph[0].outputs[0], model.graph[1].outputs[0]
+    edit.swap_names(one, two)
+    assert (one.name, two.name) == ("b", "a") and edit.edits == {"rename": 1}
+    before = -np.maximum(X @ np.float32([[1, 2], [3, 4]]), 0)
+    np.testing.assert_array_equal(run(model)[0], before)
+
+
+def test_prune_constants_leaves_dead_nodes() -> None:
+    model, edit = opened()
+    edit.prune_constants()
+    assert list(model.graph.initializers) == ["w"] and len(ops(model)) == 5 and edit.edits == {"prune": 1}
+
+
 # ---- prune ----------------------------------------------------------------------------------------------------------
 
 

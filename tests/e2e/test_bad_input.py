@@ -1,8 +1,6 @@
 """What users get wrong: the exit code, a message that says what, where and what to do, no traceback, and nothing written."""
 
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
-from graphq import cli, ir
+from graphq import cli
 from graphq.models import onnx_path
 
 WIDTH = 64
-MODEL = f"""<ir_version: 10, opset_import: ["" : 21]>
-tiny (float[n, 4] x) => (float[n, {WIDTH}] z)
-<float[4, {WIDTH}] v = {{{", ".join(str(k % 7 - 3) for k in range(4 * WIDTH))}}},
- float[{WIDTH}, {WIDTH}] w = {{{", ".join(str(k % 11 - 5) for k in range(WIDTH * WIDTH))}}}>
-{{ y = MatMul(x, v)  z = MatMul(y, w) }}"""
-RECIPE = "passes:\n  - normalize\n  - quantize-weights\n"
 WEIGHT_BYTES = 4 * WIDTH * WIDTH
 ROWS = ("  where: ", "  expected: ", "  try: ")
 
@@ -28,16 +20,6 @@ ROWS = ("  where: ", "  expected: ", "  try: ")
 def contents(folder: Path) -> dict[Path, bytes | None]:
     """Every path below `folder`, with its bytes if it is a file."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model, a recipe and calibration data that fit each other, and an empty folder `out`."""
-    ir.save(ir.from_onnx_text(MODEL), tmp_path / "model.onnx")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    np.savez(tmp_path / "calib.npz", x=np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
-    (tmp_path / "out").mkdir()
-    return tmp_path
 
 
 @pytest.fixture
@@ -101,7 +83,7 @@ def test_a_folder_as_model(refused: Callable[..., str], folder: Path) -> None:
 
 def external(folder: Path, location: str, length: int = WEIGHT_BYTES) -> Path:
     """The model with its weight declared to lie at `location`."""
-    proto = ir.to_proto(ir.from_onnx_text(MODEL))
+    proto = onnx.load(folder / "model.onnx")
     (tensor,) = (entry for entry in proto.graph.initializer if entry.name == "w")
     for field in ("float_data", "raw_data"):
         tensor.ClearField(field)
@@ -140,7 +122,7 @@ def test_external_data_behind_a_link(refused: Callable[..., str], folder: Path) 
 
 
 def test_an_unknown_opset(refused: Callable[..., str], folder: Path) -> None:
-    proto = ir.to_proto(ir.from_onnx_text(MODEL))
+    proto = onnx.load(folder / "model.onnx")
     proto.opset_import[0].version = 999
     (folder / "new.onnx").write_bytes(proto.SerializeToString())
     assert "opset 999" in refused(model=folder / "new.onnx")
@@ -314,46 +296,3 @@ def test_the_output_folder_cannot_be_written(refused: Callable[..., str]) -> Non
 
 def test_the_report_folder_is_below_a_file(refused: Callable[..., str], folder: Path) -> None:
     assert "report cannot be written" in refused(code=2, report=folder / "recipe.yaml" / "report")
-
-
-# ---- interruption ---------------------------------------------------------------------------------------------------
-
-INTERRUPTED = """
-import contextlib, os, signal, sys
-from pathlib import Path
-from graphq import cli, console, ir
-
-def stop():
-    os.kill(os.getpid(), {number})
-
-@contextlib.contextmanager
-def bar(enabled=True):
-    yield lambda what, done, total: stop() if what == {stage!r} else None
-
-def save_half(model, path):
-    Path(path).write_bytes(b"half")
-    stop()
-
-console.progress_bar = bar
-if {stage!r} == "write":
-    ir.save = save_half
-cli.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", ["calibrate", "verify", "write"])
-def test_signals_leave_nothing_half_written(folder: Path, stage: str, number: signal.Signals) -> None:
-    """The signal is a real one; where it strikes is chosen, so that the test does not depend on how fast the machine is."""
-    (folder / "recipe.yaml").write_text("passes: [normalize, insert-qdq]\n")
-    (folder / "out" / "small.onnx").write_bytes(b"the result of an earlier run")
-    arguments = ["convert", "model.onnx", "-o", "out/small.onnx", "--recipe", "recipe.yaml", "--calib", "calib.npz", "--report", "report"]
-    before = contents(folder)
-    script = INTERRUPTED.format(stage=stage, number=int(number))
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert done.returncode == 128 + number, done.stderr
-    assert ("Interrupted" in done.stderr) == (number == signal.SIGINT) and "Traceback" not in done.stderr and not done.stdout
-    assert contents(folder) == before
