@@ -23,6 +23,9 @@ from graphq.executor import BATCH, Executor, Fetch
 Batches = list[np.ndarray]
 """One array per calibration batch."""
 
+MASK = "attention_mask"
+"""The model input that exporters of language models name so: [batch, sequence], 0 where a token is padding."""
+
 Session = Callable[[Sequence[Fetch], Sequence[ir.Node], Mapping[str, ir_proto.Kind]], Executor]
 
 
@@ -34,11 +37,13 @@ class SweepStep:
         node: The node in the current model.
         x_cur: What its first input is in the current model, one array per batch.
         x_raw: The same before its quantizer; `x_cur` itself if it has none.
+        mask: The model input `MASK`, one array per batch; none if the model has no such input.
     """
 
     node: ir.Node
     x_cur: Batches
     x_raw: Batches
+    mask: Batches
     _current: Walk
     _reference: Walk
     _twin: ir.Node | None
@@ -74,7 +79,7 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
             x_cur, x_raw = current.advance([node.inputs[0], qdq.before_quantizer(node.inputs[0])], keep=node.inputs[1:])
-            yield SweepStep(node, x_cur, x_raw, current, float_walk, namesakes.get(node.name))
+            yield SweepStep(node, x_cur, x_raw, feeds.get(MASK, []), current, float_walk, namesakes.get(node.name))
 
 
 class Store:

@@ -171,23 +171,23 @@ def pick(count: int, limit: int, seed: int) -> np.ndarray:
 
 
 def some(step: SweepStep, limit: int, seed: int) -> np.ndarray:
-    """At most `limit` rows of X at a stop of the sweep, [G, N, D]."""
+    """At most `limit` rows of X at a stop of the sweep, [G, N, D]; none of padding."""
     layer = Layer(step.node)
-    ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
-    return _gather(pick(int(ends[-1]), limit, seed), ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
+    places, ends = _places(step)
+    return _gather(places[pick(len(places), limit, seed)], ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
 
 
 def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
     """Rows [G, rows, D] that are picked at a stop of the sweep, up to `ROWS` at a time: whether they are held out, what they are
-    before the quantizer of what the layer reads, and behind it (the same array if there is none)."""
+    before the quantizer of what the layer reads, and behind it (the same array if there is none). None is of padding."""
     layer = Layer(step.node)
-    ends = np.cumsum([0, *(layer.count(x.shape) for x in step.x_cur)])
-    picked = pick(int(ends[-1]), max(ROWS, per_input * layer.inputs), seed)
-    run = -(-int(ends[-1]) // RUNS)
+    places, ends = _places(step)
+    picked = pick(len(places), max(ROWS, per_input * layer.inputs), seed)
+    run = -(-len(places) // RUNS)
     is_held = picked // run % FOLDS == FOLDS - 1
     is_held[-1:] |= len(picked) > 1 and not is_held.any()  # of two to four rows the last, of one none
     for held in (False, True):
-        rows = picked[is_held == held]
+        rows = places[picked[is_held == held]]
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
             data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
@@ -206,6 +206,20 @@ def collect(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> tupl
         wanted = raw @ weight
         sums[is_held] += Sums.of(data, wanted - data @ weight, wanted)
     return sums[0], sums[1]
+
+
+def _places(step: SweepStep) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all batches that are no padding, ascending, and where each batch ends.
+
+    A product has one row a token if it has as many rows as the mask has numbers: no attention reads what it makes of padding, and
+    no pooling should, so that it must not take part in fits either.
+    """
+    layer = Layer(step.node)
+    counts = [layer.count(x.shape) for x in step.x_cur]
+    ends = np.cumsum([0, *counts])
+    if step.node.op_type == "Conv" or [mask.size for mask in step.mask if mask.dtype.kind in "biu"] != counts:
+        return np.arange(ends[-1]), ends
+    return np.flatnonzero(np.concatenate([mask.reshape(-1) for mask in step.mask])), ends
 
 
 def _gather(rows: np.ndarray, ends: np.ndarray, read: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:

@@ -174,6 +174,28 @@ def test_rows_are_held_out_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(held) == x.shape[1] // 5 and np.sum(np.diff(held) > 1) == 9
 
 
+MASKED = """g (float[N, 5, 8] x, int64[N, M] attention_mask) => (float[N, 5, 3] y, float[N, 3] z, int64[N, M] same) {
+  [tokens] y = MatMul(x, w) axis = Constant<value = int64[1] {1}> () p = ReduceMean<keepdims = 0>(x, axis) [pooled] z = MatMul(p, w)
+  same = Identity(attention_mask) }"""
+
+
+@pytest.mark.parametrize("length", [5, 4])
+def test_padding_is_no_row(length: int) -> None:
+    """Where the mask has a number for each row of a layer, whatever stands in padded tokens changes nothing."""
+    x, mask = floats(30, 5, 8), (np.arange(length) < RNG.integers(1, length, (30, 1))).astype(np.int64)
+    model = build(MASKED, w=floats(8, 3))
+    found: dict[str | None, np.ndarray] = {}
+    for step in sweep(model, ir.clone(model), [node for node in model.graph if node.name in ("tokens", "pooled")],
+                      open_calibration({"x": x, "attention_mask": mask}, ir.inputs(model))):  # fmt: skip
+        train, held = collect(step, 0)
+        found[step.node.name] = (train + held).gram[0]
+        assert _layer_rows.some(step, 1000, 0).shape[1] == train.count + held.count
+    rows = x[mask == 1] if length == 5 else x.reshape(-1, 8)
+    np.testing.assert_allclose(found["tokens"], rows.T @ rows, atol=1e-4)
+    pooled = x.mean(1)
+    np.testing.assert_allclose(found["pooled"], pooled.T @ pooled, atol=1e-4)
+
+
 @pytest.mark.parametrize("count", [1, 7, 100, 1000, 12345])
 def test_picked_rows_are_spread(count: int) -> None:
     """One of each stretch of count / 100 rows, at places that differ, the same for the same seed."""
