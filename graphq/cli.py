@@ -189,7 +189,7 @@ def planes(
     debug: Debug = False,
 ) -> None:
     """Keep the leading bits of weights that are stored in planes: a smaller file of the same model."""
-    from graphq import ir
+    from graphq import disk, ir
     from graphq.planes import select
     from graphq.report import file_facts
 
@@ -197,7 +197,7 @@ def planes(
     before = file_facts(model, found).bytes
     files.check_output(out, [model, *ir.data_files(found)])
     select(found, bits)
-    with files.pending(out) as part:
+    with disk.room(out.parent, ir.weight_bytes(found)), files.pending(out) as part:
         ir.save(found, part)
         after = files.written_bytes(part)
     console.say(f"{model} -> {out}: {bits} bits a weight, {console.size(before)} -> {console.size(after)}", style="bold")

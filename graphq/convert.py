@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import graphq
-from graphq import accuracy, functions, gates, ir, notes, report, targets, verify
+from graphq import accuracy, disk, functions, gates, ir, notes, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
 from graphq.data import Source, open_data
@@ -83,7 +83,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         request.require_labels(labelled)
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     is_large = ir.weight_bytes(original) > memory_budget
-    with ir.spilling(out_path, is_large) as keep:
+    with disk.room(out_path.parent, (1 + is_large) * ir.weight_bytes(original)), ir.spilling(out_path, is_large) as keep:
         ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                           memory_budget=memory_budget, progress=progress, keep=keep)  # fmt: skip
         with clock("passes"):
