@@ -12,7 +12,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from graphq import half, ir, linear, stored, verify
+from graphq import half, ir, linear, stored, tables, verify
 from graphq.calibration import CalibrationSet
 from graphq.data import open_data
 from graphq.errors import GraphqError, ModelError, RecipeError
@@ -38,7 +38,8 @@ class Interface:
 
 @dataclass(frozen=True)
 class LinearNode:
-    """One operator with weights; `refusal` is None if it can be quantized, `storage` the type of its codes if it already is."""
+    """One operator with weights, or a lookup in a table; `refusal` is None if it can be quantized, `storage` the type of its codes if it
+    already is."""
 
     name: str
     op_type: str
@@ -62,7 +63,7 @@ class Inspection:
     domains: Versions of the other operator sets.
     ops: Nodes by operator type (with its domain, if it is not the default one), most frequent first.
     weight_bytes: Bytes of constants by element type.
-    linear: The operators with weights, as passes see them: in the normalized model.
+    linear: The operators with weights, and lookups in embedding tables, as passes see them: in the normalized model.
     dynamic_axes: Dimensions that are not fixed, as `input.0 (batch)`.
     already_quantized: Whether there are QuantizeLinear, DequantizeLinear or operators on codes, or weights that are stored as codes.
     targets: For each known target, whether the model as it is runs there.
@@ -156,6 +157,8 @@ def _linear_nodes(model: ir.Model) -> Iterator[LinearNode]:
     for node in ir.all_nodes(model):
         if node.domain == "" and node.op_type in linear.NEVER_QUANTIZED:
             yield LinearNode(node.name or "", node.op_type, None, "not quantized by any pass", None)
+        if tables.is_lookup(node) or tables.codes_of(node) is not None:
+            yield _lookup(node)
         if node.domain != "" or node.op_type not in linear.LINEAR_OPS:
             continue
         weight = linear.weight_of(node)
@@ -163,6 +166,13 @@ def _linear_nodes(model: ir.Model) -> Iterator[LinearNode]:
         storage = stored.storage(weight) if weight is not None and stored.is_stored(weight) else None
         refusal = f"already quantized ({storage})" if storage else linear.linear_refusal(node)
         yield LinearNode(node.name or "", node.op_type, shape, refusal, storage)
+
+
+def _lookup(node: ir.Node) -> LinearNode:
+    codes = tables.codes_of(node)
+    storage = None if codes is None else _type_name(codes.dtype)
+    refusal = tables.refusal(node) if storage is None else f"already quantized ({storage})"
+    return LinearNode(node.name or "", node.op_type, ir.constant_shape(codes or node.inputs[0]), refusal, storage)  # type: ignore[arg-type]
 
 
 def _dynamic_axes(model: ir.Model) -> Iterator[str]:
@@ -187,6 +197,7 @@ def _recipe_fits(model: ir.Model, target: Target, nodes: tuple[LinearNode, ...])
     """Ask every pass of every built-in recipe whether it would refuse; nothing is calibrated or run."""
     from graphq.recipe import builtin_recipes, load_recipe
 
+    nodes = tuple(node for node in nodes if node.op_type != "Gather")  # a recipe that only stores a table is not asked for
     for name in builtin_recipes():
         passes = load_recipe(name).passes
         fits = any(node.refusal is None for node in nodes) or not any(one.needs_weights for one in passes)

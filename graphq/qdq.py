@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from graphq import ir, linear, ops, stored
+from graphq import ir, linear, ops, stored, tables
 from graphq.editor import Editor
 from graphq.quantizers import MIN_SCALE, QParams, Uniform
 from graphq.spec import PerAxis, PerGroup, PerTensor, QuantSpec
@@ -220,25 +220,32 @@ def _stored_arrays(model: ir.Model) -> Iterator[tuple[int, list[ir.Value]]]:
             if "weight" in packed and isinstance(inputs, int):
                 parts = [packed[key] for key in ("weight", "w_scale")]
                 yield inputs * ir.constant_shape(packed["weight"])[0], [part for part in parts if part is not None]
-        elif node.domain == "" and node.op_type in linear.LINEAR_OPS and stored.is_stored(weight := linear.weight_of(node)):
+        elif node.domain == "" and node.op_type in linear.LINEAR_OPS and _reads_stored(node):
+            weight = linear.weight_of(node)
             yield math.prod(dim for dim in ir.shape_of(weight) or (0,) if isinstance(dim, int)), stored.parts(weight)
     for node in ir.all_nodes(model):
+        if (table := tables.codes_of(node)) is not None:
+            makers = [use.node for use in ir.uses(node.outputs[0])] if table is node.inputs[0] else [ir.producer(node.inputs[0])]
+            numbers = [value for maker in makers if maker is not None for value in maker.inputs[1:] if value is not None]
+            yield math.prod(ir.constant_shape(table)), [table, *numbers]
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
         if codes is not None and codes.is_initializer() and codes.const_value is not None and codes.dtype != ir.DataType.INT32:
             yield math.prod(ir.constant_shape(codes)), [value for value in node.inputs if value is not None]
 
 
 def quantized_nodes(model: ir.Model, target: Target) -> dict[str, int]:
-    """Quantized nodes by type: linear ones with quantized weights, others that `target` fuses with the quantizers around them, operators
-    of graphq that compute on codes."""
+    """Quantized nodes by type: linear ones with quantized weights, lookups in quantized tables, others that `target` fuses with the
+    quantizers around them, operators of graphq that compute on codes."""
     counts: Counter[str] = Counter()
     for node in model.graph:
         if node.domain == ir.DOMAIN and node.op_type in ops.OPERATORS:
             counts[node.op_type] += 1
         if node.domain or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
+        if (codes := tables.codes_of(node)) is not None and codes.dtype is not None:
+            counts[f"Gather ({codes.dtype.bitwidth}-bit table)"] += 1
         if node.op_type in linear.LINEAR_OPS:
-            found = stored.is_stored(linear.weight_of(node))
+            found = _reads_stored(node)
         elif node.op_type in target.ops:
             uses = [use.node.op_type for out in node.outputs for use in ir.uses(out)]
             reads = bool(node.inputs) and _made_by(node.inputs[0], "DequantizeLinear")
@@ -247,6 +254,11 @@ def quantized_nodes(model: ir.Model, target: Target) -> dict[str, int]:
             continue
         counts[node.op_type] += found
     return dict(+counts)
+
+
+def _reads_stored(node: ir.Node) -> bool:
+    """Whether the weight of a linear `node` is stored as codes; one that is itself a part of decoding a weight has none."""
+    return stored.is_stored(linear.weight_of(node)) and not stored.is_fixed(node.outputs[0])
 
 
 def _made_by(value: ir.Value | None, op_type: str) -> bool:

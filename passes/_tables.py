@@ -6,33 +6,35 @@ One scale for the whole table, because a row's own scale would have to be looked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from graphq import ir, qdq
+from graphq import ir, qdq, tables
 from graphq.editor import Editor
 from graphq.exclude import is_excluded
 from graphq.noise import decibel
+from graphq.pipeline import PassContext
 from graphq.quantizers import Uniform
 from graphq.spec import PerTensor, QuantSpec
 from graphq.targets import Target
 
-MIN_ROWS = 1024
-"""Smaller tables (positions, token types) stay float: they hold little, and what they add stays to the end."""
+
+def any_large(model: ir.Model, exclude: Sequence[str]) -> bool:
+    """Whether there is a table that `quantize_all` quantizes."""
+    return any(_refusal(node, exclude) is None for node in model.graph if tables.is_lookup(node))
 
 
-def lookups(model: ir.Model, exclude: Sequence[str]) -> Iterator[ir.Node]:
-    """Gather nodes that read rows of a large constant float table, but for those that a pattern of `exclude` fits."""
-    for node in model.graph:
-        if node.op_type != "Gather" or node.domain or ir.attribute(node, "axis", 0) != 0 or is_excluded(node, exclude):
-            continue
-        table = node.inputs[0]
-        shape = ir.shape_of(table)
-        is_table = (
-            table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT and shape is not None and len(shape) == 2
-        )
-        if is_table and int(shape[0]) >= MIN_ROWS and not ir.is_constant(node.inputs[1]):  # type: ignore[index,arg-type]
-            yield node
+def quantize_all(model: ir.Model, ctx: PassContext, spec: QuantSpec, exclude: Sequence[str]) -> None:
+    """Quantize the large embedding tables of `model`, but for those that a pattern of `exclude` fits."""
+    for node in [node for node in model.graph if tables.is_lookup(node)]:
+        if reason := _refusal(node, exclude):
+            ctx.skip(node, reason)
+        else:
+            ctx.measure(node.name or "", weight_sqnr_db=quantize(ctx.edit, node, spec, ctx.target))
+
+
+def _refusal(node: ir.Node, exclude: Sequence[str]) -> str | None:
+    return "excluded by the recipe" if is_excluded(node, exclude) else tables.refusal(node)
 
 
 def quantize(edit: Editor, node: ir.Node, spec: QuantSpec, target: Target) -> float:

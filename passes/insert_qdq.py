@@ -48,7 +48,7 @@ class InsertQdq(Pass):
         weight_bits: The same for weights.
         weights: Whether to quantize weights too; without it a later `round` does.
         attention: Whether to quantize what MatMuls of two activations read as well.
-        tables: Whether to quantize large embedding tables.
+        tables: Whether to quantize embedding tables of 1024 rows or more.
         center: Whether to shift one-sided activations to the middle of a symmetric range, for targets without zero points.
     """
 
@@ -103,8 +103,8 @@ class InsertQdq(Pass):
         if self.correct_bias:
             _correct(plan, errors, ctx)
         self._insert(plan, formats, target, ctx)
-        for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
-            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, ctx.target.weight, ctx.target))
+        if self.tables:
+            _tables.quantize_all(model, ctx, ctx.target.weight, self.exclude)
         ctx.edit.prune()
 
     def _place(self, model: ir.Model, target: Target, keep_float: Mapping[ir.Node, str] | None = None) -> Placement:

@@ -34,7 +34,7 @@ class QuantizeWeights(Pass):
             decoded when a session loads, which multiplies floats then. A layer that asks for other than 4 bits gets integers.
         fallback_bits: Width, with one scale an output channel, for weights that cannot be grouped: kernels, and for codes of a table
             those with inputs that are not a multiple of the group; 0 leaves them float.
-        tables: Whether to store large embedding tables with 8 bits.
+        tables: Whether to store embedding tables of 1024 rows or more with 8 bits.
         op_types: Operator types to take.
         exclude: Patterns of node names (or operator types) that stay float.
     """
@@ -52,7 +52,7 @@ class QuantizeWeights(Pass):
     def precheck(self, model: ir.Model, target: Target) -> None:
         require_matches(model, self.exclude)
         reasons = [self._format(node, target) for node in self._nodes(model)]
-        if self.tables and any(_tables.lookups(model, self.exclude)):
+        if self.tables and _tables.any_large(model, self.exclude):
             return
         if not self.allow_no_effect and all(isinstance(reason, str) for reason in reasons):
             raise nothing_to_quantize(map(str, reasons), f"at least one {', '.join(self.op_types)} with a constant float32 weight")
@@ -79,8 +79,8 @@ class QuantizeWeights(Pass):
             assert weight is not None
             qparams = qdq.insert_weight(ctx.edit, node, spec, narrow=node.op_type in ctx.target.narrow_weights)
             ctx.measure(node.name or "", weight_sqnr_db=decibel(*Uniform(spec).sums(weight, qparams)), bits=spec.bits)
-        for node in list(_tables.lookups(model, self.exclude)) if self.tables else []:
-            ctx.measure(node.name or "", weight_sqnr_db=_tables.quantize(ctx.edit, node, _spec(8), ctx.target))
+        if self.tables:
+            _tables.quantize_all(model, ctx, _spec(8), self.exclude)
         ctx.edit.prune()
 
     def _store_codes(self, ctx: PassContext, node: ir.Node) -> float:

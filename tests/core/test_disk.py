@@ -21,7 +21,8 @@ def test_a_full_disk_is_named_with_what_is_needed_and_what_is_free(error: OSErro
 
 
 @pytest.mark.parametrize("error", [
-    OSError("read past the end"), OSError(errno.EACCES, "Permission denied"), OSError(errno.ENOSPC, "No space left on device", "/elsewhere/file"),
+    OSError("read past the end"), OSError(errno.EACCES, "Permission denied"),
+    OSError(errno.ENOSPC, "No space left on device", "/elsewhere/file"),
 ])  # fmt: skip
 def test_other_errors_pass(error: OSError, tmp_path: Path) -> None:
     with pytest.raises(OSError) as raised, disk.room(tmp_path, 1):
