@@ -70,7 +70,12 @@ def compare(reference: Streaming, result: Streaming, labelled: Labelled) -> Accu
         labels = labelled.labels[start : start + count]
         start += count
         for index, arrays in enumerate(outputs):
-            hits, loss = (_judge_tokens if of_tokens else _judge_samples)(arrays[0], labels)
+            try:
+                _require_length(labelled.labels, arrays[0])
+                hits, loss = (_judge_tokens if of_tokens else _judge_samples)(arrays[0], labels)
+            except DataError as error:
+                where = f"{labelled.data.description}; {error.where}"
+                raise DataError(error.what, where=where, expected=error.expected, hint=error.hint) from None
             right[index] += hits
             losses[index] += loss
         judged += int((labels >= 0).sum())
@@ -82,6 +87,17 @@ def compare(reference: Streaming, result: Streaming, labelled: Labelled) -> Accu
     with np.errstate(over="ignore"):
         first, second = (float(mean) for mean in np.exp(losses / judged))
     return Accuracy("next-token top1", before, after, start, judged, first, second)
+
+
+def _require_length(labels: np.ndarray, output: np.ndarray) -> None:
+    """Refuse labels of more or fewer tokens than the model has outputs for."""
+    if labels.ndim == 2 and output.ndim == 3 and output.shape[1] != labels.shape[1]:
+        raise DataError(
+            "The labels are of another length than the model's first output.",
+            where=f"labels {list(labels.shape)}, output [samples, {output.shape[1]}, {output.shape[2]}]",
+            expected=f"labels [{len(labels)}, {output.shape[1]}]: for each token of the inputs the one that follows",
+            hint="pad labels with -1, which is not judged: the last token of a text has none that follows",
+        )  # fmt: skip
 
 
 def _judge_samples(scores: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
@@ -113,5 +129,6 @@ def _misfit(labels: np.ndarray, output: np.ndarray, expected: str) -> DataError:
 
 def _check_classes(labels: np.ndarray, classes: int, *, ignore_negative: bool) -> None:
     if labels.size and (labels.max() >= classes or (labels.min() < 0 and not ignore_negative)):
-        raise DataError("Labels name classes that the model does not have.", where=f"labels {labels.min()} to {labels.max()}",
-                        expected=f"0 to {classes - 1}", hint="number the classes as the model does")  # fmt: skip
+        what, also = ("tokens", ", or negative for those that are not judged") if ignore_negative else ("classes", "")
+        raise DataError(f"Labels name {what} that the model does not have.", where=f"labels {labels.min()} to {labels.max()}",
+                        expected=f"0 to {classes - 1}{also}", hint=f"number the {what} as the model does")  # fmt: skip

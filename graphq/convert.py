@@ -139,14 +139,14 @@ def _verify(original: ir.Model, ctx: PassContext, request: Request, labelled: ac
 def _emit(ctx: PassContext, request: Request, measured: Measured, result: Report, report_dir: str | Path | None) -> tuple[Report, int]:
     """Write what passes all gates, and keep aside what does not: the report with what is known since, and the bytes written."""
     try:
-        gates.require_passed(result.gates)
+        gates.require_passed(result.gates, request.limits)
         with files.pending(request.out) as file:
             built = _write(ctx, file, request, measured)
             size = files.written_bytes(file)
             ratio = size / result.model.bytes if request.limits_size else None
             said = (*result.notes, *notes.of_engine(built))
             result = replace(result, engine=built, notes=said, gates=measured.gates(request.plan, ratio))
-            gates.require_passed(result.gates)
+            gates.require_passed(result.gates, request.limits)
     except VerifyError as error:
         raise _refused(error, ctx.model, request.out, result, report_dir) from error
     files.remove_aside(request.out)  # of an earlier run

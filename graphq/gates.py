@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,10 +71,11 @@ _HINTS = {
 }
 
 
-def require_passed(found: Sequence[GateResult]) -> None:
-    """Raises VerifyError naming the gates that were missed."""
+def require_passed(found: Sequence[GateResult], asked: Collection[str] = ()) -> None:
+    """Raises VerifyError naming the gates that were missed; `asked` are those that the user gave instead of the recipe."""
     missed = [gate for gate in found if not gate.passed]
     if missed:
         rows = "; ".join(f"{gate.name} is {gate.limit:g}, measured {gate.value:.4g}" for gate in missed)
         other = f"use more calibration data or another recipe, or give --gate {missed[0].name}=VALUE"
-        raise VerifyError("The result misses a gate of the recipe.", where=rows, hint=_HINTS.get(missed[0].name, other))
+        owner = "that was asked for" if {gate.name for gate in missed} <= set(asked) else "of the recipe"
+        raise VerifyError(f"The result misses a gate {owner}.", where=rows, hint=_HINTS.get(missed[0].name, other))

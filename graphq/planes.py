@@ -26,6 +26,7 @@ from graphq import functions, ir, report
 from graphq.editor import Editor
 from graphq.errors import ModelError, UsageError
 from graphq.ir_files import PROTOBUF_LIMIT
+from graphq.qdq import quantized_weight_bytes
 from graphq.verify import verify_graph
 
 OPSET = 25
@@ -131,8 +132,11 @@ def select(model: ir.Model, bits: int) -> None:
     verify_graph(model)
     if report.METADATA_KEY in model.metadata_props:
         told = report.read_embedded(model)
-        note = f"Of the weights, {bits} bits were kept after this report was made: its measurements are those of the file before."
-        model.metadata_props[report.METADATA_KEY] = replace(told, notes=(*told.notes, note)).to_json(indent=None)
+        note = f"Of the weights, {bits} bits were kept after the conversion; what was measured then is left out, `graphq compare` measures."
+        notes = (note, *(other for other in told.notes if not other.startswith("Of the weights, ")))
+        after = quantized_weight_bytes(model)[1]
+        told = replace(told, comparison=(), held_out=0, accuracy=None, gates=(), notes=notes, weight_bytes_after=after)
+        model.metadata_props[report.METADATA_KEY] = told.to_json(indent=None)
 
 
 def select_bits(model: str | Path, bits: int) -> onnx.ModelProto:

@@ -76,7 +76,8 @@ class OutputComparison:
         sqnr_db: Power of the original over power of the difference, in decibel; infinite if there is no difference.
         cosine: Of the flattened outputs, mean over samples.
         max_abs: Largest difference of one element.
-        top1_agreement: Share of samples with the same largest element; None if the output does not look like classes.
+        top1_agreement: Share of samples with the same largest element, of tokens for logits [samples, tokens, vocabulary]; None if the
+            output does not look like classes.
     """
 
     name: str

@@ -75,7 +75,9 @@ class Request:
         for name, lacks in (("max_accuracy_drop", evaluation is None), ("max_perplexity_ratio", evaluation is None or of_samples)):
             if lacks and getattr(self.plan.gates, name) is not None:
                 what, labels = ("perplexity", "labels [samples, tokens]") if "perplexity" in name else ("accuracy", "labels")
+                given = name in self.limits
+                where, out = (f"--gate {name}", "leave the gate out") if given else (f"gate {name} of the recipe", f"--gate {name}=off")
                 raise UsageError(
-                    f"The recipe limits the loss of {what}, but there is nothing to measure it on.", where=f"gate {name}",
-                    expected=f"--eval FILE.npz with inputs and {labels}", hint="give --eval, or take the gate out of the recipe",
+                    f"The loss of {what} is limited, but there is nothing to measure it on.", where=where,
+                    expected=f"--eval FILE.npz with inputs and {labels}", hint=f"give --eval, or {out}",
                 )  # fmt: skip

@@ -75,7 +75,7 @@ def compare_outputs(batches: Iterable[tuple[Sequence[Any], Sequence[Any]]], name
     Raises:
         VerifyError: an output is not finite where the reference is, or changed its shape.
     """
-    sums = [_Sums() for _ in names]
+    sums = [_Sums("logit" in name.lower()) for name in names]
     for originals, results in batches:
         for entry, name, before, after in zip(sums, names, originals, results, strict=True):
             for a, b in _pairs(before, after, name):
@@ -97,21 +97,22 @@ def _pairs(before: Any, after: Any, name: str) -> list[tuple[np.ndarray, np.ndar
 
 
 class _Sums:
-    """Running sums of one output."""
+    """Running sums of one output; `of_tokens` says that its last of three axes, too, holds scores of classes: one choice a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_tokens: bool = False) -> None:
+        self.of_tokens, self.choices = of_tokens, 0
         self.power = self.noise = self.cosines = self.largest = 0.0
         self.samples = self.agreed = 0
-        self.classes = False
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        rows, is_classes = len(a) if a.ndim and a.size else 1, a.ndim == 2
+        rows, is_classes = len(a) if a.ndim and a.size else 1, a.ndim == 2 or (a.ndim == 3 and self.of_tokens)
         if a.dtype.kind in "OSU":  # strings are the same or not
             a, b = np.zeros(a.shape), a != b
-        a, b = (np.asarray(part, np.float64).reshape(rows, -1) for part in (a, b))
-        if is_classes and a.shape[1] > 1:
-            self.classes = True
-            self.agreed += int((a.argmax(1) == b.argmax(1)).sum())
+        a, b = (np.asarray(part, np.float64) for part in (a, b))
+        if is_classes and a.size and a.shape[-1] > 1:
+            same_choice = np.argmax(a, -1) == np.argmax(b, -1)
+            self.agreed, self.choices = self.agreed + int(same_choice.sum()), self.choices + same_choice.size
+        a, b = a.reshape(rows, -1), b.reshape(rows, -1)
         finite = np.isfinite(a)  # a mask of -inf may as well be a large number
         a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
         error = b - a
@@ -126,7 +127,7 @@ class _Sums:
     def result(self, name: str) -> OutputComparison:
         count = max(self.samples, 1)
         sqnr = decibel(self.power, self.noise)
-        return OutputComparison(name, sqnr, self.cosines / count, self.largest, self.agreed / count if self.classes else None)
+        return OutputComparison(name, sqnr, self.cosines / count, self.largest, self.agreed / self.choices if self.choices else None)
 
 
 def measure_latency(reference: Executor, result: Executor, feeds: Feeds, *, enough: float = 1.0, seconds: float = 3.0) -> Latency:

@@ -84,6 +84,7 @@ def test_a_refused_result_has_its_report(tmp_path: Path, calib: dict[str, np.nda
     for limits in ({"min_sqnr_db": 200.0}, {"max_size_ratio": 0.01}):
         with pytest.raises(VerifyError, match=r"(?s)--gate.*out.onnx is that of an earlier run") as caught:
             convert(CNN, tmp_path / "out.onnx", calib=calib, limits={"min_speedup": None, **limits}, report_dir=tmp_path)
+        assert caught.value.what == "The result misses a gate that was asked for."
         found, aside = caught.value.report, tmp_path / "out.onnx.failed.onnx"
         assert found is not None and found.output.path == str(aside) and found.output.bytes == aside.stat().st_size
         assert [gate.name for gate in found.gates if not gate.passed] == list(limits)
@@ -107,3 +108,13 @@ def test_a_recipe_file_begins_with_normalize(tmp_path: Path, calib: dict[str, np
     with pytest.raises(RecipeError, match="normalize"):
         convert(CNN, tmp_path / "out.onnx", recipe=tmp_path / "mine.yaml", calib=calib)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", ["max_perplexity_ratio", "max_accuracy_drop"])
+def test_a_limit_without_labels_says_whose_it_is(tmp_path: Path, name: str) -> None:
+    passes = (Normalize(), QuantizeWeights())
+    with pytest.raises(UsageError, match=rf"(?s)where: --gate {name}\n.*leave the gate out"):
+        convert(CNN, tmp_path / "out.onnx", recipe=Recipe(name="mine", passes=passes), limits={name: 1.0})
+    with pytest.raises(UsageError, match=rf"(?s)gate {name} of the recipe.*--gate {name}=off"):
+        convert(CNN, tmp_path / "out.onnx", recipe=Recipe(name="mine", passes=passes, gates=Gates(**{name: 1.0})))  # type: ignore[arg-type]

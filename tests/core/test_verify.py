@@ -42,9 +42,9 @@ class Fake:
         return [output[start : self.at] if output.ndim else output for output in self.outputs]
 
 
-def compared(a: np.ndarray, b: np.ndarray) -> Any:
+def compared(a: np.ndarray, b: np.ndarray, name: str = "y") -> Any:
     executors: list[Any] = [Fake(a), Fake(b)]
-    return compare(*executors, data(), ["y"])[0]
+    return compare(*executors, data(), [name])[0]
 
 
 # ---- compare --------------------------------------------------------------------------------------------------------
@@ -63,6 +63,15 @@ def test_numbers_equal_numpy(shape: tuple[int, ...]) -> None:
     assert found.cosine == pytest.approx(cosine.mean())
     classes = a.ndim == 2 and p.shape[1] > 1  # a map or a sequence has no one class for a sample
     assert found.top1_agreement == (pytest.approx((p.argmax(1) == q.argmax(1)).mean()) if classes else None)
+
+
+def test_logits_of_tokens_are_compared_token_by_token() -> None:
+    rng = np.random.default_rng(2)
+    a = rng.standard_normal((len(X), 5, 7)).astype(np.float32)
+    b = (a + 0.5 * rng.standard_normal(a.shape)).astype(np.float32)
+    share = (a.argmax(2) == b.argmax(2)).mean()
+    assert compared(a, b, "logits").top1_agreement == pytest.approx(share) and 0.1 < share < 0.95
+    assert compared(a, b, "last_hidden_state").top1_agreement is None
 
 
 def test_equal_outputs_are_perfect() -> None:

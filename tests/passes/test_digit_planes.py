@@ -267,7 +267,10 @@ def test_a_report_tells_what_was_left_out(vit: Path, tmp_path: Path) -> None:
     onnx.save(graphq.select_bits(vit / "nested.onnx", 4), tmp_path / "4.onnx")
     from graphq.report import read_embedded
 
-    assert "4 bits were kept" in read_embedded(ir.load(tmp_path / "4.onnx")).notes[-1]
+    before, after = (read_embedded(ir.load(file)) for file in (vit / "nested.onnx", tmp_path / "4.onnx"))
+    assert "4 bits were kept" in after.notes[0] and len(after.notes) == len(before.notes) + 1
+    assert before.comparison and not (after.comparison or after.accuracy or after.gates or after.held_out)
+    assert after.weight_bytes_before == before.weight_bytes_before and after.weight_bytes_after < 0.7 * before.weight_bytes_after
 
 
 def test_what_cannot_be_selected(vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
