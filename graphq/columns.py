@@ -20,7 +20,7 @@ def check(found: Mapping[str, Column], inputs: Sequence[ModelInput], pre: Prepro
     if missing or extra:
         rows = [f"no array for input '{name}'" for name in missing] + [f"array '{name}' is no input of the model" for name in extra]
         guess = did_you_mean(missing[0], extra) if missing else did_you_mean(extra[0], names)
-        expected = f"arrays {', '.join(names)}"
+        expected = f"arrays {', '.join(f'{i.name} {i.dtype} {format_shape(_of_samples(i.shape))}' for i in inputs)}"
         raise DataError("; ".join(rows), where=where, expected=expected, hint=guess or "rename, add or remove arrays")
     for model_input in inputs:
         _check_column(model_input, found[model_input.name], pre, where, images)
@@ -48,7 +48,7 @@ def _check_column(model_input: ModelInput, column: Column, pre: Preprocess | Non
     fits = fits and all(not isinstance(d, int) or d == n for d, n in list(zip(dims or (), column.shape, strict=False))[1:])
     if dims == () or not column.shape or not fits:
         hint = _shape_hint(dims, column)
-        expected = f"shape {format_shape(None if dims is None else ('samples', *dims[1:]))}"
+        expected = f"shape {format_shape(_of_samples(dims))}"
         if dims == ():
             hint, expected = ("make it a constant of the model, or give it a batch dimension", "an input with a first axis of samples")
         expected += " of uint8 pixels" if pixels else ""
@@ -59,6 +59,11 @@ def _check_column(model_input: ModelInput, column: Column, pre: Preprocess | Non
         hint = f"for images give --preprocess: {', '.join(PRESETS)}, or a YAML file" if column.dtype == np.uint8 else ""
         hint = hint or f"array.astype('{dtype}'), if no value is lost"
         raise DataError(f"the array for input '{model_input.name}' is {have}", where=where, expected=f"{dtype}", hint=hint)
+
+
+def _of_samples(dims: tuple[int | str | None, ...] | None) -> tuple[int | str | None, ...] | None:
+    """The shape of an array of samples for an input of `dims`."""
+    return ("samples", *dims[1:]) if dims else dims
 
 
 def _shape_hint(dims: tuple[int | str | None, ...] | None, column: Column) -> str:

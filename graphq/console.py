@@ -221,13 +221,15 @@ def _engine(found: EngineFacts) -> None:
 
 
 def _left_alone(report: Report, limit: int = 3) -> None:
-    """For each pass, the most frequent reasons for not touching a node, with the nodes that have them."""
+    """The most frequent reasons of passes for not touching a node, with the nodes that have them; once for passes that say the same."""
+    told: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for record in report.passes:
-        skipped = list(dict.fromkeys(record.skipped))
+        told.setdefault(tuple(dict.fromkeys(map(tuple, record.skipped))), []).append(record.name)  # type: ignore[arg-type]
+    for skipped, names in told.items():
         if not skipped:
             continue
         reasons = Counter(reason for _, reason in skipped).most_common()
-        say(f"{record.name} left {len(skipped)} alone:")
+        say(f"{', '.join(dict.fromkeys(names))} left {len(skipped)} alone:")
         for reason, count in reasons[:limit]:
             nodes = [node for node, why in skipped if why == reason]
             say(f"  {count} x {reason}: {'; '.join(nodes[:2])}{'; ...' if count > 2 else ''}")

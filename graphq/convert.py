@@ -78,9 +78,10 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         targets.require_legal(original, goal)
         if report_dir is not None:
             report.check_folder(report_dir)
-        data = open_data(calib, original, preprocess, seed)
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
         request.require_labels(labelled)
+        is_idle = calib is None and not any(one.needs_data for one in plan.passes)  # then real inputs verify better than random ones
+        data = labelled.data if is_idle and labelled is not None else open_data(calib, original, preprocess, seed)
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     is_large = ir.weight_bytes(original) > memory_budget
     with disk.room(out_path.parent, (1 + is_large) * ir.weight_bytes(original)), ir.spilling(out_path, is_large) as keep:
@@ -93,7 +94,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         with clock("verify"):
             measured = _verify(original, ctx, request, labelled, is_large)
         with clock("emit"):
-            result = _report(path, original, ctx, plan, data, seed, command, records, measured, notes.of_request(data, plan, goal))
+            said = notes.of_request(data, plan, goal, labelled is not None)
+            result = _report(path, original, ctx, plan, data, seed, command, records, measured, said)
             report.embed(ctx.model, result)
             if data.preprocess is not None:
                 ctx.model.metadata_props[METADATA_KEY] = data.preprocess.to_json()

@@ -38,7 +38,8 @@ def require_matches(model: ir.Model, exclude: Sequence[str]) -> None:
 
 def nothing_to_quantize(reasons: Iterable[str], expected: str) -> TargetError:
     """The error of a pass that would change no node; `reasons` are why each stays as it is."""
-    return TargetError(
-        "There is nothing to quantize.", where="; ".join(sorted(set(reasons))[:3]), expected=expected,
-        hint="start from the float model; `graphq inspect --layers` lists the nodes with the reason why each stays float",
-    )  # fmt: skip
+    found = sorted(set(reasons))
+    hint = "start from the float model; `graphq inspect --layers` lists the nodes with the reason why each stays float"
+    if any("FLOAT16" in reason for reason in found):
+        hint = "the model is in half precision: export it in float32; --recipe int8-fp16 then makes halves of what stays float, fp16 of all"
+    return TargetError("There is nothing to quantize.", where="; ".join(found[:3]), expected=expected, hint=hint)

@@ -96,7 +96,7 @@ class Executor:
             shapes = ", ".join(f"{name} {feeds[name].dtype}{list(feeds[name].shape)}" for name in self._names)
             raise ModelError(
                 f"ONNX Runtime failed while running the model: {_first_line(error)}", where=shapes,
-                hint="check that the calibration arrays have the shape the model was exported for",
+                hint="check that the arrays have the shape the model was exported for, or try shorter sequences, as it may have a limit",
             ) from error  # fmt: skip
         return [_with_zero(array) if fetch.view == "extrema" else array for fetch, array in zip(self.fetches, arrays, strict=True)]
 

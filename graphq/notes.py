@@ -25,12 +25,12 @@ def of_engine(built: EngineFacts | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def of_request(data: CalibrationSet, plan: Recipe, target: Target) -> tuple[str, ...]:
-    """About the data, and about what nothing here can measure."""
+def of_request(data: CalibrationSet, plan: Recipe, target: Target, is_judged: bool = False) -> tuple[str, ...]:
+    """About the data, and about what nothing here can measure; `is_judged` says that there is evaluation data."""
     found = list(_data_notes(data))
     if plan.gates.min_speedup is not None and not target.measures_speed:
         found.append(f"Gate min_speedup was not measured: {target.name} does not run here.")
-    return (*found, *_random_note(data, plan))
+    return (*found, *_random_note(data, plan, is_judged))
 
 
 def of_segments(plan: Recipe, target: Target) -> tuple[str, ...]:
@@ -53,9 +53,11 @@ def _data_notes(data: CalibrationSet) -> Iterator[str]:
             yield f"Input {name!r} is {array.flat[0]:g} throughout the first calibration samples: ranges from it hold for nothing else."
 
 
-def _random_note(data: CalibrationSet, plan: Recipe) -> tuple[str, ...]:
+def _random_note(data: CalibrationSet, plan: Recipe, is_judged: bool) -> tuple[str, ...]:
     if data.kind != "random":
         return ()
     use = "ranges and verification" if any(one.needs_data for one in plan.passes) else "verification"
+    known = "Of what it does on real inputs only the evaluation data tells" if is_judged else (
+        "What the result does on real inputs is not known and may be much worse")  # fmt: skip
     return (f"No calibration data was given: {len(data)} RANDOM inputs of the declared types stood in for it, in {use}. "
-            "What the result does on real inputs is not known and may be much worse; give --calib.",)  # fmt: skip
+            f"{known}; give --calib.",)  # fmt: skip

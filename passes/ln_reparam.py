@@ -52,7 +52,8 @@ class LnReparam(Pass):
     def precheck(self, model: ir.Model, target: Target) -> None:
         if not self.allow_no_effect and not any(node.op_type in NORMS and _layers(node) for node in model.graph if not node.domain):
             raise TargetError(
-                "No normalization stands before a layer with weights.", where=f"pass {self.name}", expected="a transformer",
+                "No LayerNormalization or RMSNormalization stands before a layer with weights.", where=f"pass {self.name}",
+                expected="a transformer, its normalizations single operators (RMSNorm as Pow, ReduceMean, Sqrt, Div is not known)",
                 hint="take the recipe int8 for other models",
             )  # fmt: skip
 

@@ -118,3 +118,12 @@ def test_a_limit_without_labels_says_whose_it_is(tmp_path: Path, name: str) -> N
         convert(CNN, tmp_path / "out.onnx", recipe=Recipe(name="mine", passes=passes), limits={name: 1.0})
     with pytest.raises(UsageError, match=rf"(?s)gate {name} of the recipe.*--gate {name}=off"):
         convert(CNN, tmp_path / "out.onnx", recipe=Recipe(name="mine", passes=passes, gates=Gates(**{name: 1.0})))  # type: ignore[arg-type]
+
+
+def test_evaluation_data_stands_in_for_calibration_data_that_no_pass_reads(tmp_path: Path) -> None:
+    inputs, labels = digits.images("test")
+    np.savez(tmp_path / "eval.npz", input=inputs[:40], labels=labels[:40])
+    found = convert(CNN, tmp_path / "out.onnx", recipe="int8-weight-only", evaluate=tmp_path / "eval.npz", limits={"min_speedup": None})
+    assert (found.calibration.kind, found.calibration.used, found.held_out) == ("npz", False, 8) and not found.notes
+    found = convert(CNN, tmp_path / "out.onnx", evaluate=tmp_path / "eval.npz", limits={"min_speedup": None})
+    assert found.calibration.kind == "random" and any("only the evaluation data tells" in note for note in found.notes)

@@ -30,7 +30,7 @@ REFUSALS = {
     "aqer": "changed nothing",
     "cross-scale": "changed nothing",
     "dynamic-activations": "changed nothing",
-    "ln-reparam": "No normalization",
+    "ln-reparam": "No LayerNormalization or RMSNormalization",
     "mixed-precision": "changed nothing|no layer",
     "nm-prune": "changed nothing",
     "round": "changed nothing",

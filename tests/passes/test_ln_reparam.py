@@ -306,7 +306,7 @@ def test_nan_stays() -> None:
 
 def test_a_model_without_normalization_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRAPHS, "none", "y = Gemm(x, w, b)")
-    with pytest.raises(TargetError, match="No normalization.*(?s:.*)int8"):
+    with pytest.raises(TargetError, match="No LayerNormalization or RMSNormalization.*(?s:.*)int8"):
         reparam(context("none"))
 
 
