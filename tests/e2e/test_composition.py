@@ -32,9 +32,17 @@ REFUSALS = {
     "dynamic-activations": "changed nothing",
     "ln-reparam": "No LayerNormalization or RMSNormalization",
     "mixed-precision": "changed nothing|no layer",
-    "nm-prune": "changed nothing",
     "round": "changed nothing",
     "sulq-softmax": "No softmax",
+    "svd-branch": "nothing to quantize",
+    "digit-planes": "changed nothing|does not take uint2",
+    **{
+        name: "changed nothing"
+        for name in (
+            "awq", "channel-repair", "higgs", "lorc", "merge-parallel-conv-bn", "nm-prune", "outliers", "residual-channels",
+            "residual-expand", "rotate", "wush",
+        )
+    },
 }
 """Passes that find nothing to do behind insert-qdq and say so."""
 ELSEWHERE = {

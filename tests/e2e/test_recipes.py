@@ -39,6 +39,8 @@ LOW_BIT = {
     ("digits_cnn", "w4a8"): (2, 0.16),
     ("digits_vit", "w4a4-wush"): (15, 0.16),
     ("digits_vit", "w4a16-gptq"): (2, 0.16),
+    ("digits_vit", "w4a16-gptq-g32"): (2, 0.18),
+    ("digits_vit", "w4a16-awq"): (2, 0.16),
     ("digits_vit", "nested-8-6-4-2"): (1, 0.27),
     ("digits_cnn", "nested-8-6-4-2"): (1, 0.27),
     ("digits_vit", "w3a16-higgs"): (2, 0.18),
