@@ -208,6 +208,8 @@ def anonymous_mb(process: int) -> float:
 
 def measure(sizes: list[str], budgets: list[int], recipe: str, scratch: Path | None) -> list[Row]:
     rows = []
+    if scratch:
+        scratch.mkdir(parents=True, exist_ok=True)
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="graphq-large-", dir=scratch) as folder:
             sizes_of, model = DECODERS[size], Path(folder) / "decoder.onnx"
