@@ -140,13 +140,14 @@ def summary(report: Report, folder: object = None) -> None:
     say(f"{report.model.path} -> {report.output.path}  ({report.recipe_name} for {report.target})", style="bold")
     table(("", ("before", "right"), ("after", "right"), ""), _before_after(report))
     comparisons(report.comparison, report.held_out)
+    say(f"passes: {'; '.join(f'{one.name}: {counts(one.edits)}' for one in report.passes if one.edits)}")
     if report.quantized:
         say(f"quantized: {counts(report.quantized)}; their weights {size(report.weight_bytes_before)} -> {size(report.weight_bytes_after)}")
     for kind, kernels in report.kernels.items():
         say(f"{kind} kernels: {counts(kernels)}")
     if report.engine is not None:
         _engine(report.engine)
-    _left_alone(report)
+    _told(report)
     for gate in report.gates:
         verdict, style = ("passed", "") if gate.passed else ("MISSED", "red")
         say(f"gate {gate.name} {gate.limit:.4g}: {gate.value:.4g}, {verdict}", style=style)
@@ -220,18 +221,19 @@ def _engine(found: EngineFacts) -> None:
         say(f"  kernels for 2:4 sparse weights: {picked}")
 
 
-def _left_alone(report: Report, limit: int = 3) -> None:
-    """The most frequent reasons of passes for not touching a node, with the nodes that have them; once for passes that say the same."""
-    told: dict[tuple[tuple[str, str], ...], list[str]] = {}
+def _told(report: Report, limit: int = 3) -> None:
+    """The most frequent reasons of passes for not touching nodes, and notes on others; once for passes that say the same."""
+    told: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
     for record in report.passes:
-        told.setdefault(tuple(dict.fromkeys(map(tuple, record.skipped))), []).append(record.name)  # type: ignore[arg-type]
-    for skipped, names in told.items():
-        if not skipped:
+        for verb, entries in (("left {} alone", record.skipped), ("notes on {}", record.notes)):
+            told.setdefault((verb, tuple(dict.fromkeys(map(tuple, entries)))), []).append(record.name)  # type: ignore[arg-type]
+    for (verb, entries), names in told.items():
+        if not entries:
             continue
-        reasons = Counter(reason for _, reason in skipped).most_common()
-        say(f"{', '.join(dict.fromkeys(names))} left {len(skipped)} alone:")
+        reasons = Counter(reason for _, reason in entries).most_common()
+        say(f"{', '.join(dict.fromkeys(names))} {verb.format(len(entries))}:")
         for reason, count in reasons[:limit]:
-            nodes = [node for node, why in skipped if why == reason]
+            nodes = [node for node, why in entries if why == reason]
             say(f"  {count} x {reason}: {'; '.join(nodes[:2])}{'; ...' if count > 2 else ''}")
         if len(reasons) > limit:
             say(f"  {sum(count for _, count in reasons[limit:])} x other reasons, see the report")

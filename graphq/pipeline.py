@@ -58,6 +58,7 @@ class PassRecord:
     measurements: tuple[Measurement, ...]
     skipped: tuple[tuple[str, str], ...]
     seconds: float
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -86,6 +87,7 @@ class PassContext:
     edit: Editor = field(init=False)
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     is_idle: bool = False
     _stats: dict[Observer, tuple[int, Stat]] = field(default_factory=dict)
 
@@ -104,6 +106,10 @@ class PassContext:
     def skip(self, node: ir.Node, reason: str) -> None:
         """Refuse a node: its reason ends in the report."""
         self.skipped.append((ir.describe(node), reason))
+
+    def note(self, node: ir.Node, what: str) -> None:
+        """Say something about a node that was changed: it ends in the report."""
+        self.notes.append((ir.describe(node), what))
 
     def nothing_to_do(self, reason: str) -> None:
         """The model is what the pass would make of it: that nothing changes is no error then, and the reason ends in the report."""
@@ -218,7 +224,7 @@ class Pass(ABC):
         """Refuse before any calibration what `target` cannot express (TargetError) or options that fit nothing (RecipeError)."""
 
     def check(self, model: ir.Model) -> None:  # noqa: B027 (optional)
-        """A postcondition of this pass. Raises VerifyError."""
+        """What holds after this pass, and has to after those behind it: a GraphqError says what they undid."""
 
 
 def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Model], None],
@@ -232,6 +238,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         RecipeError: a pass changed nothing and neither it nor the recipe allows that.
         TargetError: a pass cannot write for the target.
         VerifyError: the graph is not valid after a pass, or computes something else after passes that keep the function.
+        GraphqError: a pass undid what one before it had made sure of (`Pass.check`).
     """
     records, exact, stale, asked = [], True, False, 0
     exactness, row = Exactness(ctx.calib, ctx.memory_budget), list[str]()
@@ -248,7 +255,7 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
         if stale and not exact:
             ctx.rebase()
             stale = False
-        ctx.measurements, ctx.skipped, ctx.is_idle, ctx.edit.author = [], [], False, one.name
+        ctx.measurements, ctx.skipped, ctx.notes, ctx.is_idle, ctx.edit.author = [], [], [], False, one.name
         before, started = ctx.edit.edits.copy(), time.perf_counter()
         try:
             if one.keeps_function and not row:
@@ -258,7 +265,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
             edits = dict(ctx.edit.edits - before)
             if edits:
                 verify(ctx.model)
-            one.check(ctx.model)
+                for done in passes[: index + 1]:
+                    done.check(ctx.model)
             if row and not any(later.keeps_function for later in passes[index + 1 : index + 2]):  # once a row: it costs two runs
                 exactness.require(ctx.model, ctx.edit.version, row)
         except GraphqError as error:
@@ -273,7 +281,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
             )  # fmt: skip
         stale = stale or (exact and bool(edits))
         seconds = time.perf_counter() - started
-        records.append(PassRecord(one.name, changed_options(one), edits, tuple(ctx.measurements), tuple(ctx.skipped), seconds))
+        found = (tuple(part) for part in (ctx.measurements, ctx.skipped))
+        records.append(PassRecord(one.name, changed_options(one), edits, *found, seconds, tuple(ctx.notes)))
     if stale:
         ctx.rebase()
     return records

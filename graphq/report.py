@@ -322,7 +322,7 @@ def embed(model: ir.Model, report: Report) -> None:
         calibration=replace(report.calibration, description=f"{report.calibration.samples} samples, {report.calibration.kind}"),
     )
     text = report.to_json(indent=None)
-    for bulky in ("measurements", "skipped"):
+    for bulky in ("measurements", "notes", "skipped"):
         if len(text.encode()) > EMBED_LIMIT:
             report = replace(report, passes=tuple(replace(record, **{bulky: ()}) for record in report.passes))  # type: ignore[arg-type]
             text = report.to_json(indent=None)

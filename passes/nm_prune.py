@@ -6,7 +6,7 @@ from 42 to 24 % top-1). More data helps most: ViT-Tiny, 82.4 % as it is, keeps 4
 Groups lie along the input channels, for each position of a kernel and each group of a convolution; channels
 that fill no group stay dense. Weights are stored dense, with zeros, which symmetric integers keep.
 What mixes the inputs of a layer does not (`rotate`, `wush`, `higgs`, `svd-branch`), nor do `channel-repair` and the lower widths of
-`digit-planes`; `rotate`, `wush` and `channel-repair` belong before this pass.
+`digit-planes`: a pass behind this one that undoes the pattern is refused. `rotate`, `wush` and `channel-repair` belong before it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from graphq import ir, linear, sparse_kernels, sparsity
+from graphq import ir, linear, sparse_kernels, sparsity, stored
+from graphq.errors import RecipeError
 from graphq.exclude import require_matches
+from graphq.executor import decode
 from graphq.noise import decibel
 from graphq.observers import Moments
 from graphq.passes import _bias, _channels, _layer_rows, _masked
@@ -33,6 +35,9 @@ from graphq.targets import Target
 
 ROWS_PER_INPUT = 128
 """Rows for each input of a layer: half of the weights are fitted anew, and errors are large, so more of them pay than for rounding."""
+
+_PATTERN = "graphq.nm"
+"""Of nodes that were pruned: (n, m), in `meta`."""
 
 ALPHAS = (0.001, 0.01)
 """Strengths of the ridge to choose from, in units of the mean square of an input."""
@@ -84,6 +89,20 @@ class NmPrune(Pass):
             self._permute(nodes, ctx)
         for step in ctx.sweep(nodes, self.samples or None):
             self._prune(step, ctx)
+            step.node.meta[_PATTERN] = (self.n, self.m)
+
+    def check(self, model: ir.Model) -> None:
+        for node in ir.all_nodes(model):
+            if node.meta.get(_PATTERN) != (self.n, self.m):
+                continue
+            value = linear.weight_of(node)
+            weight = decode(model, value) if value is not None and stored.is_fixed(value) else None
+            if weight is None or sparsity.fullest(np.moveaxis(weight, linear.out_axis(node), 0), self.m) > self.n:
+                raise RecipeError(
+                    f"The {self.n}:{self.m} sparsity of a weight is undone.", where=ir.describe(node),
+                    expected=f"passes behind {self.name} that leave its zeros where they are",
+                    hint=f"put the pass that is named below before {self.name}, or take one of the two out",
+                )  # fmt: skip
 
     def _refusal(self, node: ir.Node) -> str | None:
         channels, groups = linear.in_channels(node), ir.attribute(node, "group", 1)
@@ -103,7 +122,7 @@ class NmPrune(Pass):
                 continue
             found = _channels.region(node) if node in taps else _ORDERED[node.op_type]
             if isinstance(found, str):
-                ctx.skip(node, f"pruned with its input channels in the order they have: {found}")
+                ctx.note(node, f"its input channels keep their order: {found}")
                 continue
             seen.update(found.readers)
             parts = [self._energy(reader, power[reader]) for reader in found.readers if reader in taps]
@@ -149,7 +168,7 @@ class NmPrune(Pass):
             obstacle = sparse_kernels.obstacle(node, ctx.target)
             numbers["eligible"] = obstacle is None
             if obstacle is not None:
-                ctx.skip(node, f"pruned, but not for {ctx.target.name}'s sparse kernels: {obstacle}")
+                ctx.note(node, f"not for {ctx.target.name}'s sparse kernels: {obstacle}")
         ctx.measure(node.name or "", sqnr_db=decibel(sums.power, sums.square), **numbers)
 
 

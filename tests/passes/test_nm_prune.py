@@ -20,11 +20,13 @@ from graphq.executor import Executor, decode
 from graphq.passes import _channels
 from graphq.passes import _nm_math as math
 from graphq.passes.aqer import Aqer
+from graphq.passes.higgs import Higgs
 from graphq.passes.insert_qdq import InsertQdq
 from graphq.passes.nm_prune import NmPrune
 from graphq.passes.normalize import Normalize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.round import Round
+from graphq.passes.svd_branch import SvdBranch
 from graphq.pipeline import Pass, PassContext, PassRecord, run_passes
 from graphq.targets import get_target, require_legal
 from graphq.verify import verify_graph
@@ -241,6 +243,15 @@ def test_zeros_survive_int8_activations_with_rounded_weights_and_a_refit() -> No
     assert error(found, proto, x) < 1.5 * error(model, proto, x)
 
 
+@pytest.mark.parametrize("one", [Higgs(bits=4), SvdBranch(rank=4, min_gain_db=0)], ids=lambda one: one.name)
+def test_a_pass_that_undoes_the_pattern_is_refused(one: Pass) -> None:
+    proto, x = model_of("MatMul")
+    model = onnx_ir.from_proto(proto)
+    with pytest.raises(RecipeError, match="2:4 sparsity of a weight is undone") as caught:
+        quantized(model, x, one, NmPrune())
+    assert any(f"pass: {one.name}" in note for note in caught.value.__notes__)
+
+
 def test_rounding_that_keeps_zeros_still_beats_rounding_to_nearest() -> None:
     proto, x = model_of("MatMul")
     model, _ = prune(proto, x)
@@ -355,7 +366,7 @@ def test_channels_that_cannot_be_told_apart_keep_their_order(case: str) -> None:
     constants = {"w": floats(32, 8), "a": floats(16, 32), "s": np.array([-1, 32]), "kg": floats(32, 8, 1, 1), "kw": floats(8, 32, 1, 1)}
     proto = build(f"(float[N, {dims}] x) => ({outputs_}) {{ {body} }}", **constants)
     _, record = prune(proto, floats(32, *map(int, dims.split(", "))), permute=True)
-    assert any("in the order they have" in text and reason in text for _, text in record.skipped)
+    assert any("keep their order" in text and reason in text for _, text in record.notes)
 
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "alps"])
