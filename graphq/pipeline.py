@@ -281,8 +281,8 @@ def run_passes(passes: Sequence[Pass], ctx: PassContext, verify: Callable[[ir.Mo
             )  # fmt: skip
         stale = stale or (exact and bool(edits))
         seconds = time.perf_counter() - started
-        found = (tuple(part) for part in (ctx.measurements, ctx.skipped))
-        records.append(PassRecord(one.name, changed_options(one), edits, *found, seconds, tuple(ctx.notes)))
+        measured, skipped, notes = tuple(ctx.measurements), tuple(ctx.skipped), tuple(ctx.notes)
+        records.append(PassRecord(one.name, changed_options(one), edits, measured, skipped, seconds, notes))
     if stale:
         ctx.rebase()
     return records

@@ -48,6 +48,11 @@ class SweepStep:
     _reference: Walk
     _twin: ir.Node | None
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference has a node of that name."""
+        return self._twin is not None
+
     @cached_property
     def y_ref(self) -> Batches:
         """First output of the node in the reference, which runs only for those who ask; to be read before the sweep goes on.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from graphq import ir, linear
 from graphq.exclude import is_excluded
 from graphq.passes._sums import Sums
-from graphq.sweep import SweepStep
+from graphq.sweep import Batches, SweepStep
 
 ROWS_PER_INPUT = 32
 """Rows to use for each of D inputs: least squares over N rows errs by a share of D / N more on rows that it has not seen."""
@@ -100,6 +101,13 @@ class Layer:
             return x[None, picked] * np.float32(ir.attribute(self.node, "alpha", 1.0))
         return x.reshape(1, -1, x.shape[-1])[:, picked]
 
+    def outputs(self, y: np.ndarray, picked: np.ndarray) -> np.ndarray:
+        """The same rows of an output `y`, [G, rows, O]."""
+        if self.node.op_type == "Conv":
+            y = np.moveaxis(y, 1, -1)
+        rows = y.reshape(-1, y.shape[-1])[picked]
+        return self._split(rows) if self.node.op_type == "Conv" else rows[None]
+
     def _split(self, rows: np.ndarray) -> np.ndarray:
         """[rows, G * D, ...] as [G, rows, D]."""
         width = int(np.prod(rows.shape[1:])) // self._groups
@@ -177,9 +185,43 @@ def some(step: SweepStep, limit: int, seed: int) -> np.ndarray:
     return _gather(places[pick(len(places), limit, seed)], ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
 
 
-def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
-    """Rows [G, rows, D] that are picked at a stop of the sweep, up to `ROWS` at a time: whether they are held out, what they are
-    before the quantizer of what the layer reads, and behind it (the same array if there is none). None is of padding."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the rows that are picked at a stop of the sweep.
+
+    Attributes:
+        is_held: Whether they are held out.
+        rows: Which of all rows of all batches, ascending.
+        ends: Where each batch ends among these.
+    """
+
+    is_held: bool
+    rows: np.ndarray
+    ends: np.ndarray
+    _step: SweepStep
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """Rows of X, behind the quantizer of what the layer reads."""
+        return self._inputs(self._step.x_cur)
+
+    @property
+    def raw(self) -> np.ndarray:
+        """The same before that quantizer; `data` itself if there is none."""
+        return self.data if self._step.x_raw is self._step.x_cur else self._inputs(self._step.x_raw)
+
+    def _inputs(self, x: Batches) -> np.ndarray:
+        layer = Layer(self._step.node)
+        return _gather(self.rows, self.ends, lambda index, mine: layer.rows(x[index], mine))
+
+    def outputs(self, y: Batches) -> np.ndarray:
+        """The same rows of an output of the layer, [G, rows, O]."""
+        layer = Layer(self._step.node)
+        return _gather(self.rows, self.ends, lambda index, mine: layer.outputs(y[index], mine))
+
+
+def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Iterator[Chunk]:
+    """Rows that are picked at a stop of the sweep, up to `ROWS` at a time, none of padding."""
     layer = Layer(step.node)
     places, ends = _places(step)
     picked = pick(len(places), max(ROWS, per_input * layer.inputs), seed)
@@ -189,22 +231,25 @@ def chunks(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> Itera
     for held in (False, True):
         rows = places[picked[is_held == held]]
         for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            data = _gather(part, ends, lambda index, mine: layer.rows(step.x_cur[index], mine))
-            raw = data if step.x_raw is step.x_cur else _gather(part, ends, lambda index, mine: layer.rows(step.x_raw[index], mine))
-            yield held, raw, data
+            yield Chunk(held, rows[start : start + ROWS], ends, step)
 
 
-def collect(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT) -> tuple[Sums, Sums]:
+def collect(step: SweepStep, seed: int, per_input: int = ROWS_PER_INPUT, *, reference: bool = False) -> tuple[Sums, Sums]:
     """Sums over four fifths of the rows that are picked at a stop of the sweep, `per_input` for each of D inputs, and over the rest.
 
-    R is what the layer's output lacks of what the layer makes of its input before that is quantized.
+    R is what the layer's output lacks of what the layer makes of its input before that is quantized, or of its output in the
+    reference, which has not seen the changes to the layers before it either.
     """
     weight = Layer(step.node).weight().swapaxes(1, 2)
+    outputs = (step.y_ref, step.y_cur()) if reference else None
     sums = [Sums.none(len(weight), weight.shape[2], weight.shape[1]) for _ in range(2)]
-    for is_held, raw, data in chunks(step, seed, per_input):
-        wanted = raw @ weight
-        sums[is_held] += Sums.of(data, wanted - data @ weight, wanted)
+    for chunk in chunks(step, seed, per_input):
+        made, raw = chunk.data @ weight, chunk.raw
+        if outputs:
+            lack = chunk.outputs(outputs[0]) - chunk.outputs(outputs[1])
+        else:
+            lack = np.zeros_like(made) if raw is chunk.data else raw @ weight - made
+        sums[chunk.is_held] += Sums.of(chunk.data, lack, made + lack)
     return sums[0], sums[1]
 
 

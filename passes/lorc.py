@@ -79,10 +79,11 @@ class Lorc(Pass):
         wanted, weight = _rows(ctx.reference, twin), _rows(ctx.model, node)
         lack = _bias.added(ctx.reference, twin) - _bias.added(ctx.model, node)
         train, held = (Sums.none(1, *weight.shape) for _ in range(2))
-        for is_held, raw, data in _layer_rows.chunks(step, ctx.seed):
+        for chunk in _layer_rows.chunks(step, ctx.seed):
+            raw, data = chunk.raw, chunk.data
             output = raw @ wanted.T
             sums = Sums.of(raw, (output - data @ weight.T + lack).astype(np.float32), output)
-            train, held = (train, held + sums) if is_held else (train + sums, held)
+            train, held = (train, held + sums) if chunk.is_held else (train + sums, held)
         if not held.count:
             ctx.skip(node, "a single row of calibration data leaves none to judge a branch by")
             return

@@ -43,7 +43,9 @@ class Round(Pass):
         layers: Layers whose activation is quantized, or all.
         exclude: Patterns of node names (or operator types) that stay float.
         samples: Calibration samples to use, 0 for all.
-        repair: Whether to refit each weight before it is rounded, where that lowers the error after it.
+        repair: Whether to refit each weight before it is rounded, where that lowers the error after it: to what its layer makes of its
+            input before that is quantized, or, with `reference`, to the layer's output in the float model, which makes up for the
+            layers before it too (as in GPTAQ, arXiv 2504.02692) and wants more data: the fit has more to learn.
         correct_bias: Whether to take the mean error of each output channel out of the bias.
     """
 
@@ -58,7 +60,7 @@ class Round(Pass):
     layers: Literal["quantized", "all"] = "quantized"
     exclude: tuple[str, ...] = ()
     samples: Annotated[int, Field(ge=0)] = 0
-    repair: bool = False
+    repair: bool | Literal["reference"] = False
     correct_bias: bool = True
 
     def precheck(self, model: ir.Model, target: Target) -> None:
@@ -107,7 +109,7 @@ class Round(Pass):
     def _round(self, step: SweepStep, spec: QuantSpec, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
         has_bias = _bias.can_shift(node)
-        train, held = _layer_rows.collect(step, ctx.seed)
+        train, held = _layer_rows.collect(step, ctx.seed, reference=self.repair == "reference" and step.has_reference)
         weight, shift, numbers = layer.weight(), np.zeros(held.lack.shape), {"bits": float(spec.bits)}
         takes_mean, sums = self.correct_bias and has_bias, train + held
         how = _weight_formats.of_rows(spec)

@@ -105,9 +105,10 @@ class SvdBranch(Pass):
     def _seen(self, step: SweepStep, seed: int) -> tuple[Seen, Seen | None]:
         """What the layer reads, and what of it is held out, if anything is."""
         sums: dict[bool, Seen] = {}
-        for is_held, raw, data in _layer_rows.chunks(step, seed):
+        for chunk in _layer_rows.chunks(step, seed):
+            raw, data = chunk.raw, chunk.data
             if data is raw and self.activation_bits is not None:
                 data = _dynamic_math.fake_quantize(raw, self.activation_bits, symmetric=False)
             part = Seen.of(raw[0], data[0])
-            sums[is_held] = sums[is_held] + part if is_held in sums else part
+            sums[chunk.is_held] = sums[chunk.is_held] + part if chunk.is_held in sums else part
         return sums[False], sums.get(True)

@@ -33,6 +33,7 @@ RNG = np.random.default_rng(3)
 SHAPES: dict[str, tuple[int, ...]] = {
     "w": (48, 20), "wt": (20, 48), "v": (20, 12), "b": (20,), "c": (12,), "d": (6,),
     "k": (20, 6, 3, 3), "grouped": (20, 3, 3, 3), "deep": (6, 1, 3, 3), "one": (20, 6, 1, 1),
+    "wide": (6, 6, 3, 3),
 }  # fmt: skip
 WEIGHTS = {name: RNG.standard_t(6, shape).astype(np.float32) for name, shape in SHAPES.items()}
 
@@ -217,6 +218,23 @@ def test_repair_makes_good_what_the_layers_before_lost(seed: int) -> None:
         assert all(("alpha" in one.numbers) == repair for one in record.measurements)
         errors.append(error(ctx, x[800:]))
     assert errors[1] < 0.95 * errors[0]
+
+
+CHAINS = {"matrices": ("N, 48", DEEP[DEEP.index("{") :]), "convolutions": (
+    IMAGES, "{ [a] h = Conv <pads = [1, 1, 1, 1]> (x, wide) [act] r = Relu(h) [b] y = Conv <group = 2> (r, grouped, b) }")}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", CHAINS)
+def test_a_repair_for_the_reference_makes_up_for_the_weights_of_layers_before(case: str, seed: int) -> None:
+    """Weights alone are rounded, so that a repair for the layer's own input has nothing to do."""
+    dims, body = CHAINS[case]
+    rows, errors = heavy_tailed(seed, 1600, *map(int, dims.split(", ")[1:]), axis=1), {}
+    for repair in (False, True, "reference"):
+        ctx = context(build(f"g (float[{dims}] x) => (float[] y) {body}"), rows[:800], bits=None)
+        apply(ctx, Round(bits=3, repair=repair, layers="all"))
+        errors[repair] = error(ctx, rows[800:])
+    assert errors["reference"] < 0.97 * errors[False] == pytest.approx(0.97 * errors[True])
 
 
 @pytest.mark.parametrize("case", ["MatMul and Add", "Gemm", "Gemm transB", "Conv", "Conv groups"])
