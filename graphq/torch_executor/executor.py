@@ -10,7 +10,7 @@ import torch
 
 from graphq import ir
 from graphq.errors import ModelError
-from graphq.torch_executor.program import Program, Scope, Step
+from graphq.torch_executor.program import Drop, Program, Scope, Step
 from graphq.torch_executor.tensors import to_torch
 
 
@@ -136,9 +136,9 @@ class TorchExecutor:
     def __init__(self, model: ir.Model, fetches: Sequence[str] | None = None, *, nodes: Sequence[ir.Node] | None = None,
                  device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, drop: float = 0.0) -> None:  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype, self.drop = dtype, drop
+        self.dtype, self._drop = dtype, Drop(self.device, drop)
         self.fetches = [value.name or "" for value in model.graph.outputs] if fetches is None else list(fetches)
-        self._program = Program(model, dtype, self.device)
+        self._program = Program(model, dtype, self.device, self._drop)
         values = ir.values_by_name(model.graph)
         unknown = [name for name in self.fetches if name not in values]
         if unknown:
@@ -151,6 +151,14 @@ class TorchExecutor:
         self._slots = [self._program.find(values[name], scope) for name in self.fetches]
         self._kept: dict[int, Any] = {}
         self._plans: dict[tuple[str, ...], tuple[list[str], Plan]] = {}
+
+    @property
+    def drop(self) -> float:
+        return self._drop.probability
+
+    @drop.setter
+    def drop(self, probability: float) -> None:
+        self._drop.probability = probability
 
     def run(self, feeds: Mapping[str, torch.Tensor | np.ndarray]) -> list[torch.Tensor]:
         """One tensor per fetch; a fetch that does not depend on the feeds may be one that later runs return again.

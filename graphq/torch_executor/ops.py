@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphq.torch_executor import (  # noqa: F401
     ops_attention,
+    ops_control,
     ops_conv,
     ops_index,
     ops_math,

@@ -24,7 +24,6 @@ _SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Ceil": torch.ceil, "Floor": torch.floor, "IsNaN": torch.isnan, "Not": torch.logical_not, "Sign": torch.sign,
-    "BitwiseNot": torch.bitwise_not,
 }  # fmt: skip
 
 
@@ -206,6 +205,12 @@ _CHOICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 for _name, _choice in _CHOICES.items():
     operator(_name, smooth=False)(_plain(_choice))
+
+
+@operator("BitwiseNot", smooth=False)
+def bitwise_not(call: Call, x: Tensor) -> Tensor:
+    """Of unsigned integers that a wider type holds, their own bits alone."""
+    return cast(~x, call.types[0], call.dtype) if call.types[0] is not None else ~x
 
 
 @operator("BitShift", smooth=False)

@@ -70,7 +70,7 @@ def _coordinates(call: Call, size: int, target: int, factor: float, span: tuple[
     if mode == "asymmetric":
         return places / factor
     if mode == "align_corners":
-        return places * (size - 1) / (target - 1) if target > 1 else places * 0
+        return places * (size - 1) / (factor * size - 1) if target > 1 else places * 0
     if mode == "tf_crop_and_resize":
         start, end = span
         if target > 1:

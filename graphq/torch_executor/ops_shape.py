@@ -200,6 +200,8 @@ def depth_to_space(call: Call, x: Tensor) -> Tensor:
 def space_to_depth(call: Call, x: Tensor) -> Tensor:
     block = call.get("blocksize")
     n, c, h, w = x.shape
+    if call.get("mode", "DCR") == "CRD":
+        return functional.pixel_unshuffle(x, block)
     return x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // block, w // block)
 
 

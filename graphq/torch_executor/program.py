@@ -49,6 +49,22 @@ class Scope:
     is_own: bool = False
 
 
+class Drop:
+    """Lets elements of activations pass their quantizers unchanged, each with `probability`, the same ones for the same seed."""
+
+    def __init__(self, device: torch.device, probability: float) -> None:
+        self.probability = probability
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def dequantize(self, run: Callable[..., torch.Tensor], *operands: Any) -> torch.Tensor:
+        """What `run`, a DequantizeLinear, makes of its operands but the last, and of that one where it passes."""
+        y = run(*operands[:-1])
+        if not self.probability:
+            return y
+        chance = torch.rand(y.shape, generator=self._generator, device=y.device)
+        return torch.where(chance < self.probability, operands[-1], y)
+
+
 class Program:
     """The steps of some nodes, in an order in which they can run.
 
@@ -60,9 +76,9 @@ class Program:
         host: Slots that hold tensors on the CPU whatever the device.
     """
 
-    def __init__(self, model: ir.Model, dtype: torch.dtype, device: torch.device,
+    def __init__(self, model: ir.Model, dtype: torch.dtype, device: torch.device, drop: Drop,
                  outer: tuple[Program, Scope, ir.Graph] | None = None) -> None:  # fmt: skip
-        self.model, self.dtype, self.device = model, dtype, device
+        self.model, self.dtype, self.device, self.drop = model, dtype, device, drop
         self.steps: list[Step] = []
         self.names: dict[str, int] = {}
         self.constants: dict[int, Callable[[], torch.Tensor]] = {}
@@ -72,6 +88,7 @@ class Program:
         self.captured: dict[int, int] = {}
         self.count = 0
         self._moved: dict[int, int] = {}
+        self._raw: dict[int, int] = {}
         self._outer = outer
 
     # ---- slots ------------------------------------------------------------------------------------------------------
@@ -179,9 +196,10 @@ class Program:
         inputs = [-1 if value is None else self.find(value, scope) for value in node.inputs]
         attributes = self._attributes(node, scope)
         programs, captured = self._subprograms(node, scope)
+        formals = {name: len(node.attributes[name].value.inputs) for name in programs}
         made = node.outputs[0].dtype or bodies.made_type(node.op_type, attributes, [self.kinds.get(slot) for slot in inputs])
         call = Call(attributes, scope.opsets.get("", scope.opsets.get("ai.onnx", 1)), [bool(value.name) for value in node.outputs],
-                    [self.kinds.get(slot) for slot in inputs], self.dtype, self.device, made, scope.is_own, programs)  # fmt: skip
+                    [self.kinds.get(slot) for slot in inputs], self.dtype, self.device, made, scope.is_own, programs, formals)  # fmt: skip
         tensors = [slot for index, slot in enumerate(inputs) if index not in entry.numbers and slot >= 0]
         on_host = node.op_type in ("Shape", "Size") or (bool(tensors) and self.host.issuperset(tensors) and not captured)
         if not on_host and self.device.type != "cpu":
@@ -192,8 +210,13 @@ class Program:
             self.weights.update(kept)
         if on_host:
             self.host.update(kept)
+        run = partial(entry.run, call)
+        if node.op_type == "QuantizeLinear" and inputs[0] not in self.weights:
+            self._raw[outputs[0]] = inputs[0]
+        elif node.op_type == "DequantizeLinear" and inputs[0] in self._raw:
+            run, inputs = partial(self.drop.dequantize, run), [*inputs, self._raw[inputs[0]]]
         label = ir.describe(node) + (f" in {scope.where}" if scope.where else "")
-        self.steps.append(Step(partial(entry.run, call), (*inputs, *captured), tuple(outputs), label))
+        self.steps.append(Step(run, (*inputs, *captured), tuple(outputs), label))
 
     def _on_device(self, slot: int) -> int:
         """A slot with what `slot` holds on the CPU, on the device."""
@@ -215,7 +238,7 @@ class Program:
         for name, attr in node.attributes.items():
             if attr.type.name != "GRAPH":
                 continue
-            graph, inner = attr.value, Program(self.model, self.dtype, self.device, (self, scope, attr.value))
+            graph, inner = attr.value, Program(self.model, self.dtype, self.device, self.drop, (self, scope, attr.value))
             formals = [inner.slot(value.dtype) for value in graph.inputs]
             within = Scope(dict(zip(graph.inputs, formals, strict=True)), scope.opsets, scope.arguments, "", scope.is_own)
             inner.add(graph, within)

@@ -27,7 +27,9 @@ class Call:
         device: Where floats live.
         made: Element type of the first output, None if not known.
         is_own: Whether the node stands in a body of a function of graphq, whose roundings are steps of a quantizer.
-        programs: The subgraphs among the attributes, as functions from what they take to a list of what they return.
+        programs: The subgraphs among the attributes, as functions of two lists, what their inputs are and all that the subgraphs of the
+            node read from outside, to a list of what they return.
+        formals: How many inputs each of these has.
     """
 
     attributes: Mapping[str, Any]
@@ -39,6 +41,7 @@ class Call:
     made: DataType | None = None
     is_own: bool = False
     programs: Mapping[str, Callable[..., list[Any]]] = field(default_factory=dict)
+    formals: Mapping[str, int] = field(default_factory=dict)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.attributes.get(name, default)

@@ -6,6 +6,7 @@ they are held in the next wider signed type.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ FLOAT_GRIDS = {
     DataType.FLOAT8E5M2: (torch.float8_e5m2, 57344.0),
     DataType.FLOAT8E5M2FNUZ: (torch.float8_e5m2fnuz, 57344.0),
     DataType.FLOAT4E2M1: (None, 6.0),
+    DataType.FLOAT8E8M0: (None, 2.0**127),
 }
 """Narrow floats: torch's type, if it rounds to it, and the largest number."""
 
@@ -59,8 +61,7 @@ def to_torch(array: np.ndarray, dtype: torch.dtype, device: torch.device | str) 
     if array.dtype.kind in "OSU":
         raise ModelError("A value holds texts, which torch has no tensors of.", expected="numbers", hint="cut the model behind it")
     if array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float")):
-        narrow = array.dtype.kind != "f" or array.dtype == np.float16
-        array, wanted = array.astype(np.float32) if narrow else array, dtype
+        array, wanted = array.astype(np.float32) if array.dtype.name not in ("float32", "float64") else array, dtype
     else:
         array = array.astype(_NUMPY_HOLDERS.get(array.dtype.name, array.dtype), copy=False)
         wanted = None
@@ -107,10 +108,16 @@ def round_to(x: torch.Tensor, kind: DataType, *, saturate: bool = True) -> torch
 
 
 def _on_grid(x: torch.Tensor, kind: DataType) -> torch.Tensor:
-    narrow = FLOAT_GRIDS[kind][0]
+    narrow, limit = FLOAT_GRIDS[kind]
     if narrow is not None:
-        return x.to(narrow).to(x.dtype)
+        y = x.to(narrow).to(x.dtype)
+        return y if kind == DataType.FLOAT8E5M2 else torch.where(x.abs() > limit * (1 + 1 / 28), math.nan, y)
     size = x.abs()
+    if kind == DataType.FLOAT8E8M0:  # powers of two, rounded up
+        exponent = torch.frexp(size - size * torch.finfo(x.dtype).eps / 4).exponent
+        return torch.where(torch.isfinite(x), torch.exp2(exponent.clamp(-127, 127).to(x.dtype)), math.nan)
+    size = torch.nan_to_num(size, math.inf)
+    x = torch.nan_to_num(x, math.inf)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return torch.clamp(torch.round(x / step) * step, -6, 6)
 
