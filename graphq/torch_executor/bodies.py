@@ -11,10 +11,9 @@ from graphq import ir, ir_proto
 from graphq.errors import ModelError
 
 
-def of(node: ir.Node, opsets: Mapping[str, int], kinds: Sequence[ir.DataType | None]) -> tuple[ir.Function, Mapping[str, Any]] | None:
+def of(node: ir.Node, version: int, kinds: Sequence[ir.DataType | None]) -> tuple[ir.Function, Mapping[str, Any]] | None:
     """The body that ONNX defines the operator of `node` by, and defaults of its attributes; None if it has none."""
-    version = opsets.get("", opsets.get("ai.onnx", 0))
-    return ir_proto.standard_body(node, version, kinds) if version and node.domain in ("", "ai.onnx") else None
+    return ir_proto.standard_body(node, version, kinds) if node.domain in ("", "ai.onnx") else None
 
 
 def constant_of(node: ir.Node, attributes: Mapping[str, Any], where: str) -> Any:

@@ -184,7 +184,9 @@ class TorchExecutor:
             raise ModelError(f"Values that are needed were not fed: {missing}.", expected="a tensor for each of them")
         return names, plan
 
-    def _tensor(self, name: str, tensor: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def _tensor(self, name: str, tensor: Any) -> Any:
+        if isinstance(tensor, list):  # a sequence
+            return [self._tensor(name, one) for one in tensor]
         if not isinstance(tensor, torch.Tensor):
             tensor = to_torch(np.asarray(tensor), self.dtype, "cpu")
         on_host = self._program.names[name] in self._program.host and not tensor.is_floating_point()

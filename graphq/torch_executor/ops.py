@@ -7,12 +7,16 @@ from graphq.torch_executor import (  # noqa: F401
     ops_control,
     ops_conv,
     ops_index,
+    ops_loss,
     ops_math,
     ops_norm,
     ops_quantize,
+    ops_recurrent,
     ops_reduce,
     ops_resize,
     ops_shape,
+    ops_signal,
+    ops_vision,
 )
 from graphq.torch_executor.table import OPERATORS
 

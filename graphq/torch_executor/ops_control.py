@@ -36,9 +36,9 @@ def loop(call: Call, limit: Tensor | None, condition: Tensor | None, *operands: 
     return results[0] if len(call.wanted) == 1 else results
 
 
-@operator("Scan")
+@operator("Scan", since=9)
 def scan(call: Call, *operands: Any) -> Any:
-    """Of operator set 9 on: states first, then what is scanned along an axis, forwards or backwards."""
+    """States first, then what is scanned along an axis, forwards or backwards."""
     count, body = call.get("num_scan_inputs"), call.programs["body"]
     state_count = call.formals["body"] - count
     states, sources = list(operands[:state_count]), operands[state_count : state_count + count]
@@ -65,16 +65,16 @@ def sequence_construct(call: Call, *operands: Tensor) -> list[Tensor]:
     return list(operands)
 
 
-@operator("SequenceEmpty", smooth=False)
+@operator("SequenceEmpty", gradient="none")
 def sequence_empty(call: Call) -> list[Tensor]:
     return []
 
 
 @operator("SequenceInsert", numbers=(2,))
 def sequence_insert(call: Call, sequence: list[Tensor], tensor: Tensor, place: Tensor | None = None) -> list[Tensor]:
-    at = len(sequence) if place is None else numbers_of(place)[0] % (len(sequence) + 1) if numbers_of(place)[0] >= 0 \
-        else numbers_of(place)[0] + len(sequence)  # fmt: skip
-    return [*sequence[:at], tensor, *sequence[at:]]
+    longer = list(sequence)
+    longer.insert(len(sequence) if place is None else numbers_of(place)[0], tensor)
+    return longer
 
 
 @operator("SequenceErase", numbers=(1,))
@@ -88,7 +88,7 @@ def sequence_at(call: Call, sequence: list[Tensor], place: Tensor) -> Tensor:
     return sequence[numbers_of(place)[0]]
 
 
-@operator("SequenceLength", smooth=False)
+@operator("SequenceLength", gradient="none")
 def sequence_length(call: Call, sequence: list[Tensor]) -> Tensor:
     return torch.tensor(len(sequence))
 
@@ -105,3 +105,31 @@ def split_to_sequence(call: Call, x: Tensor, sizes: Tensor | None = None) -> lis
         parts = x.split(1, axis)
         return list(parts) if call.get("keepdims", 1) else [part.squeeze(axis) for part in parts]
     return list(x.split(numbers_of(sizes) if sizes.ndim else numbers_of(sizes)[0], axis))
+
+
+@operator("SequenceMap")
+def sequence_map(call: Call, *operands: Any) -> Any:
+    count = call.formals["body"]
+    own, captured = operands[:count], operands[count:]
+    rows = [[one[index] if isinstance(one, list) else one for one in own] for index in range(len(own[0]))]
+    found = [call.programs["body"](row, captured) for row in rows]
+    columns = [[row[index] for row in found] for index in range(len(call.wanted))]
+    return columns[0] if len(columns) == 1 else columns
+
+
+# ---- optional values, which are None where there is none ------------------------------------------------------------
+
+
+@operator("Optional")
+def optional(call: Call, value: Any = None) -> Any:
+    return value
+
+
+@operator("OptionalGetElement")
+def optional_get_element(call: Call, value: Any) -> Any:
+    return value
+
+
+@operator("OptionalHasElement", gradient="none")
+def optional_has_element(call: Call, value: Any = None) -> Tensor:
+    return torch.tensor(value is not None)

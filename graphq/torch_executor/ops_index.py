@@ -83,7 +83,7 @@ def tensor_scatter(call: Call, past: Tensor, update: Tensor, places: Tensor | No
     return past.scatter(axis, index.reshape(shape).expand(update.shape), update)
 
 
-@operator("NonZero", smooth=False)
+@operator("NonZero", gradient="none")
 def non_zero(call: Call, x: Tensor) -> Tensor:
     return torch.nonzero(x).T.contiguous()
 

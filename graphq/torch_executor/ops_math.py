@@ -34,15 +34,15 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 for _name, _function in _SMOOTH.items():
     operator(_name)(_plain(_function))
 for _name, _function in _STEPS.items():
-    operator(_name, smooth=False)(_plain(_function))
+    operator(_name, gradient="none")(_plain(_function))
 
 
-@operator("Round", smooth=False)
+@operator("Round", gradient="none")
 def round_(call: Call, x: Tensor) -> Tensor:
     return round_through(x) if call.is_own else torch.round(x)
 
 
-@operator("IsInf", smooth=False)
+@operator("IsInf", gradient="none")
 def is_inf(call: Call, x: Tensor) -> Tensor:
     above, below = call.get("detect_positive", 1), call.get("detect_negative", 1)
     return torch.isposinf(x) & bool(above) | torch.isneginf(x) & bool(below)
@@ -204,16 +204,16 @@ _CHOICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
 }  # fmt: skip
 for _name, _choice in _CHOICES.items():
-    operator(_name, smooth=False)(_plain(_choice))
+    operator(_name, gradient="none")(_plain(_choice))
 
 
-@operator("BitwiseNot", smooth=False)
+@operator("BitwiseNot", gradient="none")
 def bitwise_not(call: Call, x: Tensor) -> Tensor:
     """Of unsigned integers that a wider type holds, their own bits alone."""
     return cast(~x, call.types[0], call.dtype) if call.types[0] is not None else ~x
 
 
-@operator("BitShift", smooth=False)
+@operator("BitShift", gradient="none")
 def bit_shift(call: Call, x: Tensor, bits: Tensor) -> Tensor:
     return torch.bitwise_left_shift(x, bits) if call.get("direction") == "LEFT" else torch.bitwise_right_shift(x, bits)
 

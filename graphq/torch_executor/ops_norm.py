@@ -15,13 +15,16 @@ from graphq.torch_executor.table import Call, operator
 def batch_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Any:
     epsilon = call.get("epsilon", 1e-5)
     if not call.get("training_mode", 0):
-        y = functional.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
-        return y if len(call.wanted) == 1 else (y, mean, var, mean, var)
+        if mean.requires_grad or var.requires_grad:  # torch takes them for constants
+            mean, var, scale, bias = (one.reshape(-1, *[1] * (x.ndim - 2)) for one in (mean, var, scale, bias))
+            return (x - mean) * (scale * torch.rsqrt(var + epsilon)) + bias
+        return functional.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
     axes, momentum = [axis for axis in range(x.ndim) if axis != 1], call.get("momentum", 0.9)
     now_var, now_mean = torch.var_mean(x, axes, correction=0)
-    y = functional.batch_norm(x, now_mean, now_var, scale, bias, False, 0.0, epsilon)
-    return (y, momentum * mean + (1 - momentum) * now_mean, momentum * var + (1 - momentum) * now_var)[: len(call.wanted)] \
-        if len(call.wanted) > 1 else y  # fmt: skip
+    y = functional.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
+    if len(call.wanted) == 1:
+        return y
+    return (y, momentum * mean + (1 - momentum) * now_mean, momentum * var + (1 - momentum) * now_var)[: len(call.wanted)]
 
 
 @operator("LayerNormalization")

@@ -32,7 +32,7 @@ def _spread(call: Call, operand: Tensor, x: Tensor) -> Tensor:
     return operand.reshape(shape)
 
 
-@operator("QuantizeLinear")
+@operator("QuantizeLinear", gradient="through")
 def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     ratio = x.to(call.dtype) / _spread(call, scale, x)
     kind = call.made or DataType.UINT8
@@ -54,7 +54,7 @@ def dequantize_linear(call: Call, codes: Tensor, scale: Tensor, zero: Tensor | N
     return steps * _spread(call, scale, codes)
 
 
-@operator("DynamicQuantizeLinear")
+@operator("DynamicQuantizeLinear", gradient="through")
 def dynamic_quantize_linear(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = (high - low) / 255
@@ -98,7 +98,7 @@ def _requantized(call: Call, y: Tensor, scale: Tensor, zero: Tensor, kind: DataT
     return round_through(torch.clamp(y / scale, low - shift, high - shift)) + shift
 
 
-@operator("QLinearMatMul")
+@operator("QLinearMatMul", gradient="through")
 def q_linear_matmul(call: Call, a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor, y_scale: Tensor,
                     y_zero: Tensor) -> Tensor:  # fmt: skip
     exact = _exact(call, a, b)
@@ -107,7 +107,7 @@ def q_linear_matmul(call: Call, a: Tensor, a_scale: Tensor, a_zero: Tensor, b: T
     return _requantized(call, sums * scale, y_scale, y_zero, call.type(7))
 
 
-@operator("QLinearConv")
+@operator("QLinearConv", gradient="through")
 def q_linear_conv(call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor, weight: Tensor, w_scale: Tensor, w_zero: Tensor, y_scale: Tensor,
                   y_zero: Tensor, bias: Tensor | None = None) -> Tensor:  # fmt: skip
     exact = _exact(call, x, weight)

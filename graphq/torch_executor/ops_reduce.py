@@ -92,7 +92,7 @@ def log_softmax(call: Call, x: Tensor) -> Tensor:
     return _softmax_like(call, x, torch.log_softmax)
 
 
-@operator("Hardmax", smooth=False)
+@operator("Hardmax", gradient="none")
 def hardmax(call: Call, x: Tensor) -> Tensor:
     def one(x: Tensor, axis: int) -> Tensor:
         return torch.zeros_like(x).scatter(axis, _first(x, axis, True), 1)
@@ -115,12 +115,12 @@ def _arg(call: Call, x: Tensor, largest: bool) -> Tensor:
     return found if call.get("keepdims", 1) else found.squeeze(axis)
 
 
-@operator("ArgMax", smooth=False)
+@operator("ArgMax", gradient="none")
 def arg_max(call: Call, x: Tensor) -> Tensor:
     return _arg(call, x, True)
 
 
-@operator("ArgMin", smooth=False)
+@operator("ArgMin", gradient="none")
 def arg_min(call: Call, x: Tensor) -> Tensor:
     return _arg(call, x, False)
 

@@ -16,17 +16,17 @@ from graphq.torch_executor.tensors import holder
 # ---- tensors from numbers -------------------------------------------------------------------------------------------
 
 
-@operator("Shape", smooth=False)
+@operator("Shape", gradient="none")
 def shape(call: Call, x: Tensor) -> Tensor:
     return torch.tensor(list(x.shape)[call.get("start", 0) : call.get("end")], dtype=torch.int64)
 
 
-@operator("Size", smooth=False)
+@operator("Size", gradient="none")
 def size(call: Call, x: Tensor) -> Tensor:
     return torch.tensor(x.numel())
 
 
-@operator("ConstantOfShape", numbers=(0,), smooth=False)
+@operator("ConstantOfShape", numbers=(0,), gradient="none")
 def constant_of_shape(call: Call, sizes: Tensor) -> Tensor:
     value = call.get("value")
     if value is None:
@@ -34,7 +34,7 @@ def constant_of_shape(call: Call, sizes: Tensor) -> Tensor:
     return torch.full(numbers_of(sizes), value.item(), dtype=value.dtype, device=call.device)
 
 
-@operator("Range", numbers=(0, 1, 2), smooth=False)
+@operator("Range", numbers=(0, 1, 2), gradient="none")
 def range_(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     begin, end, step = start.item(), limit.item(), delta.item()
     count = max(math.ceil((end - begin) / step), 0)
@@ -43,7 +43,7 @@ def range_(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(count, device=call.device).to(call.dtype) * step + begin
 
 
-@operator("EyeLike", smooth=False)
+@operator("EyeLike", gradient="none")
 def eye_like(call: Call, x: Tensor) -> Tensor:
     kind = call.get("dtype")
     made = holder(DataType(kind), call.dtype) if kind else x.dtype

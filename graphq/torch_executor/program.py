@@ -48,6 +48,11 @@ class Scope:
     where: str = ""
     is_own: bool = False
 
+    @property
+    def version(self) -> int:
+        """Of the default operator set."""
+        return self.opsets.get("", self.opsets.get("ai.onnx", 1))
+
 
 class Drop:
     """Lets elements of activations pass their quantizers unchanged, each with `probability`, the same ones for the same seed."""
@@ -131,9 +136,9 @@ class Program:
                 self._add_body(node, scope, function, {})
             elif node.op_type == "Constant" and not node.domain:
                 self._add_constant(node, scope)
-            elif node.domain in ("", "ai.onnx") and node.op_type in ops.OPERATORS:
+            elif node.domain in ("", "ai.onnx") and node.op_type in ops.OPERATORS and scope.version >= ops.OPERATORS[node.op_type].since:
                 self._add_step(node, scope)
-            elif (body := bodies.of(node, scope.opsets, [self._kind(value, scope) for value in node.inputs])) is not None:
+            elif (body := bodies.of(node, scope.version, [self._kind(value, scope) for value in node.inputs])) is not None:
                 self._add_body(node, scope, *body)
             else:
                 raise ModelError(
@@ -155,7 +160,7 @@ class Program:
         arguments |= {name: attr for name, attr in self._resolved(node, scope)}
         inputs = [None if value is None else self.find(value, scope) for value in node.inputs]
         inputs += [None] * (len(function.inputs) - len(inputs))
-        slots = {formal: -1 if slot is None else slot for formal, slot in zip(function.inputs, inputs, strict=True)}
+        slots = {formal: -1 if slot is None else slot for formal, slot in zip(function.inputs, inputs, strict=False)}
         own = scope.is_own or node.domain == ir.DOMAIN
         inner = Scope(slots, function.opset_imports, arguments, scope.where or ir.describe(node), own)
         self.add(function, inner)
@@ -198,7 +203,7 @@ class Program:
         programs, captured = self._subprograms(node, scope)
         formals = {name: len(node.attributes[name].value.inputs) for name in programs}
         made = node.outputs[0].dtype or bodies.made_type(node.op_type, attributes, [self.kinds.get(slot) for slot in inputs])
-        call = Call(attributes, scope.opsets.get("", scope.opsets.get("ai.onnx", 1)), [bool(value.name) for value in node.outputs],
+        call = Call(attributes, scope.version, [bool(value.name) for value in node.outputs],
                     [self.kinds.get(slot) for slot in inputs], self.dtype, self.device, made, scope.is_own, programs, formals)  # fmt: skip
         tensors = [slot for index, slot in enumerate(inputs) if index not in entry.numbers and slot >= 0]
         on_host = node.op_type in ("Shape", "Size") or (bool(tensors) and self.host.issuperset(tensors) and not captured)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from graphq.ir import DataType
+
+Gradient = Literal["exact", "through", "none"]
 
 Result = Any
 """A tensor, a list of tensors where ONNX has a sequence, or a tuple of these where the operator has several outputs."""
@@ -57,24 +59,27 @@ class Operator:
     Attributes:
         run: Computes the outputs from a `Call` and the operands, None for those that are left out.
         numbers: Operands that are read as Python numbers, such as shapes: they stay on the CPU.
-        smooth: Whether the outputs have gradients with respect to any operand.
+        gradient: `exact`: that of what is computed. `through`: roundings count as if they were not there. `none`: outputs have none.
+        since: The first operator set whose meaning it computes.
     """
 
     run: Callable[..., Result]
     numbers: tuple[int, ...]
-    smooth: bool
+    gradient: Gradient
+    since: int
 
 
 OPERATORS: dict[str, Operator] = {}
 """Operators of ONNX's default domain."""
 
 
-def operator(*names: str, numbers: tuple[int, ...] = (), smooth: bool = True) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def operator(*names: str, numbers: tuple[int, ...] = (), gradient: Gradient = "exact",
+             since: int = 1) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
     """Enter a function under `names`."""
 
     def enter(run: Callable[..., Result]) -> Callable[..., Result]:
         for name in names:
-            OPERATORS[name] = Operator(run, numbers, smooth)
+            OPERATORS[name] = Operator(run, numbers, gradient, since)
         return run
 
     return enter

@@ -114,10 +114,10 @@ def _on_grid(x: torch.Tensor, kind: DataType) -> torch.Tensor:
         return y if kind == DataType.FLOAT8E5M2 else torch.where(x.abs() > limit * (1 + 1 / 28), math.nan, y)
     size = x.abs()
     if kind == DataType.FLOAT8E8M0:  # powers of two, rounded up
-        exponent = torch.frexp(size - size * torch.finfo(x.dtype).eps / 4).exponent
-        return torch.where(torch.isfinite(x), torch.exp2(exponent.clamp(-127, 127).to(x.dtype)), math.nan)
-    size = torch.nan_to_num(size, math.inf)
-    x = torch.nan_to_num(x, math.inf)
+        part, exponent = torch.frexp(size)
+        exponent = torch.where(size == 0, -127, exponent - (part == 0.5).to(exponent.dtype)).clamp(-127, 127)
+        return torch.where(torch.isfinite(x), torch.exp2(exponent.to(x.dtype)), math.nan)
+    x = torch.nan_to_num(x, 0.0, 6.0, -6.0)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return torch.clamp(torch.round(x / step) * step, -6, 6)
 
