@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from graphq.ir import DataType, Model, Node, Value, reads
+from graphq.ir import DataType, Function, Model, Node, Value, reads, shape_of
 from graphq.ir_files import HEAVY, in_memory
 
 Kind = np.dtype | list[Any]
@@ -110,3 +110,33 @@ def _whole(name: str, tensor: onnx_ir.TensorProtocol) -> onnx.TensorProto:
     proto = onnx_ir.serde.serialize_tensor(in_memory(tensor))
     proto.name = name
     return proto
+
+
+def standard_body(node: Node, version: int, types: Sequence[DataType | None]) -> tuple[Function, dict[str, Any]] | None:
+    """The body of others that ONNX defines the operator of `node` by, and its attributes' defaults; None if it has no body.
+
+    Args:
+        version: Of the default operator set.
+        types: Element types of what the node reads, as far as they are known.
+    """
+    try:
+        schema: Any = onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    if schema.has_function:
+        data = schema.get_function_with_opset_version(max(one for one in schema.function_opset_versions if one <= version))
+    elif schema.has_context_dependent_function:
+        shapes = [None if value is None else shape_of(value) for value in node.inputs]
+        known = [onnx.helper.make_tensor_type_proto(int(kind or DataType.FLOAT), shape).SerializeToString()
+                 for kind, shape in zip(types, shapes, strict=True)]  # fmt: skip
+        latest = max(one for one in schema.context_dependent_function_opset_versions if one <= version)
+        data = schema.get_context_dependent_function_with_opset_version(latest, onnx_ir.to_proto(node).SerializeToString(), known)
+    else:
+        return None
+    proto = onnx.FunctionProto.FromString(data)
+    if not proto.node:
+        return None
+    defaults = {name: entry.default_value for name, entry in schema.attributes.items() if entry.default_value.name}
+    return onnx_ir.serde.deserialize_function(proto), {
+        name: onnx_ir.serde.deserialize_attribute(value) for name, value in defaults.items()
+    }
