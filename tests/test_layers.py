@@ -19,6 +19,8 @@ RANKS = {"__main__": 4, "cli": 3, "cli_bench": 3, "cli_options": 3, "cli_sensiti
          "graphs": 3, "convert": 2, "request": 2, "measured": 2, "bench": 2, "backends": 1}  # fmt: skip
 """Of the modules above the core; a module may import what ranks as high as itself, or lower."""
 PLUGINS = ("passes", "kernels", "models")
+ON_TORCH = {"torch_executor"}
+"""Parts of the core that are written in torch; whatever is not one of them imports them on first use."""
 HEAVY = {"onnxruntime", "torch", "tensorrt", "tensorrt_rtx", "triton", "ray"}
 
 
@@ -71,8 +73,11 @@ def wrong(module: str, found: Import) -> str:
     area, other = _area(module), _area(found.module)
     if top == "onnx_ir" and module not in ("graphq.ir", "graphq.ir_files", "graphq.ir_proto") and area != "models":
         return "only graphq/ir.py, ir_files.py and ir_proto.py import onnx_ir"
-    if top in HEAVY and area not in PLUGINS and not (found.lazy or found.typing):
+    late = found.lazy or found.typing
+    if top in HEAVY and area not in PLUGINS and not late and (top != "torch" or area not in ON_TORCH):
         return "heavy modules load on first use"
+    if other in ON_TORCH and area not in ON_TORCH and not late:
+        return "what is written in torch loads on first use"
     if top != "graphq" or found.module == "graphq" or module == "graphq":
         return ""
     if area in PLUGINS:
@@ -139,6 +144,11 @@ def test_all_folders_are_looked_at() -> None:
         ("graphq.passes.x", "from . import _x_math\nfrom ._placement import y", ""),
         ("graphq.kernels.x.plugin", "from .kernel import y", ""),
         ("graphq.passes.x", "from graphq import ir", ""),
+        ("graphq.executor", "import torch", "heavy modules load on first use"),
+        ("graphq.torch_executor.x", "import torch", ""),
+        ("graphq.torch_executor.x", "import onnxruntime", "heavy modules load on first use"),
+        ("graphq.executor", "from graphq.torch_executor import TorchExecutor", "what is written in torch loads on first use"),
+        ("graphq.passes.x", "def f():\n    from graphq.torch_executor import TorchExecutor", ""),
     ],
 )
 def test_the_rules_themselves(module: str, source: str, reason: str) -> None:
