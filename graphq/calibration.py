@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from graphq.names import did_you_mean
 from graphq.preprocess import Preprocess, describe, format_shape, image_shape, open_images, resolve_preprocess
 from graphq.random_inputs import random_columns
 from graphq.spec import ModelInput
+
+if TYPE_CHECKING:
+    from graphq.synthesis import SynthesisFacts
 
 RANDOM_COUNT = 32
 """Samples of `open_calibration("random", ...)`."""
@@ -37,12 +40,13 @@ class CalibrationSet:
 
     Attributes:
         inputs: The model's inputs.
-        kind: `npz`, `npy`, `folder`, `iterable` or `random`.
+        kind: `npz`, `npy`, `folder`, `iterable`, `random` or `synthesized`.
         source: Where the samples come from, for messages.
         columns: One per model input, all with the same number of samples.
         files: The files behind the columns, empty if they are in memory.
         preprocess: Applied to uint8 images `[N, H, W, C]` of a float input.
         start, stop: The rows of the columns that belong to this set.
+        synthesis: How the samples were made, if they were made from the model.
     """
 
     inputs: tuple[ModelInput, ...]
@@ -54,6 +58,7 @@ class CalibrationSet:
     files: tuple[Path, ...] = ()
     preprocess: Preprocess | None = None
     note: str = ""
+    synthesis: SynthesisFacts | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start

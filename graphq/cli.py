@@ -34,6 +34,7 @@ from graphq.cli_options import (
     print_json,
 )
 from graphq.cli_sensitivity import sensitivity
+from graphq.cli_synthesize import synthesize
 from graphq.errors import GraphqError, UsageError, VerifyError
 
 if TYPE_CHECKING:
@@ -179,6 +180,9 @@ app.command()(bench)
 
 
 app.command()(sensitivity)
+
+
+app.command()(synthesize)
 
 
 @app.command()

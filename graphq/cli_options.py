@@ -19,7 +19,7 @@ TARGET_NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "generic")
 EMIT_KINDS = ("onnx", "engine")
 
 
-def _one_of(kind: str, names: Sequence[str], about: str) -> Any:
+def one_of(kind: str, names: Sequence[str], about: str) -> Any:
     """An option that takes one of `names`, and says which one was meant."""
 
     def check(value: str) -> str:
@@ -33,11 +33,11 @@ def _one_of(kind: str, names: Sequence[str], about: str) -> Any:
 
 ARRAYS = "an .npz with one array per model input, an .npy, or a folder of images"
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
-Calib = Annotated[Path | None, typer.Option(help=f"Calibration inputs: {ARRAYS}.")]
+Calib = Annotated[Path | None, typer.Option(help=f"Calibration inputs: {ARRAYS}; synth makes them from the model.")]
 Preprocess = Annotated[str | None, typer.Option(help="How uint8 images become inputs: imagenet, inception, unit, none, or a YAML file.")]
 Evaluate = Annotated[Path | None, typer.Option("--eval", help="An .npz with the inputs and `labels`: measure accuracy before and after.")]
-TargetName = Annotated[str, _one_of("target", TARGET_NAMES, "The runtime to write for.")]
-EmitKind = Annotated[str, _one_of("kind of result", EMIT_KINDS, "Write an ONNX model, or a TensorRT engine.")]
+TargetName = Annotated[str, one_of("target", TARGET_NAMES, "The runtime to write for.")]
+EmitKind = Annotated[str, one_of("kind of result", EMIT_KINDS, "Write an ONNX model, or a TensorRT engine.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -77,9 +77,10 @@ def progress_bar(enabled: bool = True) -> Iterator[Callable[[str, int, int], Non
 
         def show(what: str, done: int, total: int) -> None:
             nonlocal current
-            if what != current:
+            stage = what.partition(":")[0]  # behind it stands how it goes, such as a loss
+            if stage != current:
                 bar.reset(task)
-                current = what
+                current = stage
             bar.update(task, description=safe(what), completed=done, total=total)
 
         yield show

@@ -15,7 +15,7 @@ import graphq
 from graphq import accuracy, disk, functions, gates, ir, notes, report, targets, verify
 from graphq.backends import files
 from graphq.calibration import CalibrationSet
-from graphq.data import Source, open_data
+from graphq.data import SYNTH, Source, open_data
 from graphq.engines import EngineFacts, EngineOptions, options_of
 from graphq.errors import VerifyError
 from graphq.measured import Measured, measure
@@ -25,6 +25,7 @@ from graphq.qdq import quantized_nodes, quantized_weight_bytes
 from graphq.recipe import Recipe, load_recipe
 from graphq.report import CalibrationFacts, Report
 from graphq.request import Emit, Request
+from graphq.synthesis import sheet
 from graphq.targets import Target
 
 HELD_OUT = 8
@@ -43,15 +44,15 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         model: The ONNX file; it is never changed.
         out: Where the result goes; it appears complete or not at all.
         recipe: A built-in name, a YAML file or a `Recipe`.
-        calib: Calibration data: an .npz, .npy or image folder, arrays by input name, or an iterable of batches. Without
-            it, random inputs of the declared types are used, which the report says.
+        calib: Calibration data: an .npz, .npy or image folder, arrays by input name, or an iterable of batches; `synth` makes it from
+            the model (see `graphq.synthesis`). Without it, random inputs of the declared types are used, which the report says.
         preprocess: Preset or YAML file for images.
         target: The runtime to write for, one of `graphq.targets.TARGETS`.
         emit: `onnx`, or `engine` for a TensorRT engine (targets tensorrt and tensorrt-rtx).
         limits: Gates by name that take the place of the recipe's; None takes one away.
         evaluate: An .npz with arrays by input name and `labels`, for accuracy before and after; labels of tokens give perplexity.
         engine: How an engine is built, with `emit="engine"`: `graphq.EngineOptions`, or a mapping of its fields.
-        report_dir: Folder for report.json.
+        report_dir: Folder for report.json, and for a contact sheet of synthesized images.
         seed: Of everything random.
         memory_budget: Bytes that a sweep may hold in memory. A model with more bytes of weights than that is worked on layer by layer:
             its new weights lie in a file beside `out` until they are written (which grows by each pass that makes new ones), it is
@@ -81,7 +82,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
         labelled = accuracy.open_labelled(evaluate, ir.inputs(original), preprocess) if evaluate is not None else None
         request.require_labels(labelled)
         is_idle = calib is None and not any(one.needs_data for one in plan.passes)  # then real inputs verify better than random ones
-        data = labelled.data if is_idle and labelled is not None else open_data(calib, original, preprocess, seed)
+        data = labelled.data if is_idle and labelled is not None else open_data(calib, original, preprocess, seed, progress)
         calibration, held_out = data.split(max(1, min(HELD_OUT, len(data) // 4)))
     is_large = ir.weight_bytes(original) > memory_budget
     with disk.room(out_path.parent, (1 + is_large) * ir.weight_bytes(original)), ir.spilling(out_path, is_large) as keep:
@@ -95,6 +96,8 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
             measured = _verify(original, ctx, request, labelled, is_large)
         with clock("emit"):
             said = notes.of_request(data, plan, goal, labelled is not None)
+            if report_dir is not None:
+                data = sheet.put_beside(data, report_dir)
             result = _report(path, original, ctx, plan, data, seed, command, records, measured, said)
             report.embed(ctx.model, result)
             if data.preprocess is not None:
@@ -110,7 +113,7 @@ def convert(model: str | Path, out: str | Path, *, recipe: str | Path | Recipe =
 
 def _inputs(path: Path, model: ir.Model, *others: object) -> list[Path]:
     """Whatever a conversion may read: the model, its data files, and those of `others` that are paths."""
-    return [path, *ir.data_files(model), *(Path(other) for other in others if isinstance(other, str | Path))]
+    return [path, *ir.data_files(model), *(Path(other) for other in others if isinstance(other, str | Path) and str(other) != SYNTH)]
 
 
 @dataclass
@@ -202,7 +205,8 @@ def _report(path: Path, original: ir.Model, ctx: PassContext, plan: Recipe, data
         graphq=graphq.__version__, created=datetime.now(UTC).isoformat(timespec="seconds"), seed=seed, command=command,
         model=facts, output=replace(facts, path="", sha256="", bytes=0, opset=ir.opset(ctx.model), parameters=report.parameters(ctx.model)),
         recipe=plan.to_yaml(), recipe_name=plan.name, target=ctx.target.name,
-        calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest, any(one.needs_data for one in plan.passes)),
+        calibration=CalibrationFacts(data.kind, data.description, len(data), data.digest, any(one.needs_data for one in plan.passes),
+                                     data.synthesis),
         passes=tuple(records), held_out=len(ctx.held_out), comparison=measured.comparison, latency=measured.latency,
         accuracy=measured.accuracy,
         quantized=quantized_nodes(ctx.model, ctx.target), weight_bytes_before=before, weight_bytes_after=after,

@@ -33,7 +33,7 @@ pass_options = options(frozen=True, kw_only=True, config=ConfigDict(extra="forbi
 """Decorates a pass: a frozen dataclass whose fields are its recipe options, checked by pydantic."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is done, steps done, steps in all)."""
+"""Called with (what is done, steps done, steps in all); behind a colon, how it goes."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -179,6 +179,13 @@ def resolve_preprocess(name_or_path: str | Path | Preprocess) -> Preprocess:
     )
 
 
+def declared_preprocess(stored: Mapping[str, str], given: str | Path | Preprocess | None) -> Preprocess | None:
+    """What was `given`, or what is `stored` in a model's metadata, or None."""
+    if given is not None:
+        return resolve_preprocess(given)
+    return Preprocess.from_json(stored[METADATA_KEY]) if METADATA_KEY in stored else None
+
+
 def describe(preprocess: Preprocess) -> str:
     """The preset's name, or `custom`."""
     return next((name for name, preset in PRESETS.items() if preset == preprocess), "custom")

@@ -26,6 +26,7 @@ from graphq.engines import EngineFacts
 from graphq.errors import GraphqError, ModelError, UsageError
 from graphq.gates import GateResult
 from graphq.pipeline import PassRecord
+from graphq.synthesis import SynthesisFacts
 
 SCHEMA = 1
 """Version of the layout. A field that older readers may ignore does not raise it; anything else does."""
@@ -58,7 +59,8 @@ class FileFacts:
 class CalibrationFacts:
     """Where the samples came from: a kind of `graphq.calibration`, one line, how many, and their hash.
 
-    `used` says whether a pass read them; otherwise they served for verification alone.
+    `used` says whether a pass read them; otherwise they served for verification alone. `synthesis` tells how they were made, if they
+    were made from the model.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class CalibrationFacts:
     samples: int
     digest: str
     used: bool = True
+    synthesis: SynthesisFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,7 @@ def embed(model: ir.Model, report: Report) -> None:
 
     Folders, the command line and times are left out, so that the same model, data, recipe and seed give the same bytes.
     """
+    made = report.calibration.synthesis
     report = replace(
         report,
         created="",
@@ -319,7 +323,8 @@ def embed(model: ir.Model, report: Report) -> None:
         passes=tuple(replace(record, seconds=0.0) for record in report.passes),
         model=replace(report.model, path=Path(report.model.path).name),
         output=replace(report.output, path=Path(report.output.path).name, sha256=""),
-        calibration=replace(report.calibration, description=f"{report.calibration.samples} samples, {report.calibration.kind}"),
+        calibration=replace(report.calibration, description=f"{report.calibration.samples} samples, {report.calibration.kind}",
+                            synthesis=made and replace(made, seconds=0.0, sheet=None)),
     )
     text = report.to_json(indent=None)
     for bulky in ("measurements", "skipped"):

@@ -100,7 +100,7 @@ def sensitivity(model: str | Path, *, calib: str | Path | None = None, preproces
     """
     goal = targets.get_target(target)
     original = ir.load(model)
-    data = open_data(calib, original, preprocess, seed)
+    data = open_data(calib, original, preprocess, seed, progress)
     calibration, held_out = data.take(RANGE_SAMPLES + samples).split(max(1, min(samples, len(data) // 2)))
     ctx = PassContext(model=ir.clone(original), reference=original, calib=calibration, held_out=held_out, target=goal, seed=seed,
                       progress=progress)  # fmt: skip

@@ -5,6 +5,7 @@ Images are optimised through the model, so that most strategies need torch (the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from graphq import ir
 from graphq.errors import ModelError, UsageError
 from graphq.names import unknown_name
 from graphq.pipeline import Progress, no_progress
-from graphq.preprocess import METADATA_KEY, Preprocess, resolve_preprocess
+from graphq.preprocess import Preprocess, declared_preprocess
 from graphq.synthesis.resume import Keeper, fingerprint
 from graphq.synthesis.strategy import Arrays, Batch, Strategy, Task
 
@@ -72,7 +73,7 @@ class SynthesisFacts:
     def description(self) -> str:
         """What was done, in one line."""
         steps = f", {self.steps} steps" if self.steps else ""
-        return f"synthesized by {self.strategy} ({self.why}){steps}, seed {self.seed}"
+        return f"synthesis by {self.strategy} ({self.why}){steps}, seed {self.seed}"
 
 
 class Synthesized(dict[str, np.ndarray]):
@@ -108,11 +109,10 @@ def synthesize(model: str | Path | ir.Model, strategy: str = "auto", *, options:
         UsageError: options, or a `resume` folder, that do not fit; torch is needed and not installed.
     """
     if count < 1 or (steps is not None and steps < 1) or (batch is not None and batch < 1):
-        raise UsageError("Nothing would be synthesized.", where=f"count {count}, steps {steps}, batch {batch}", expected="at least 1 of each")
+        raise UsageError("There is nothing to synthesize.", where=f"count {count}, steps {steps}, batch {batch}", expected="1 or more")
     loaded = model if isinstance(model, ir.Model) else ir.load(Path(model))
-    stored = loaded.metadata_props.get(METADATA_KEY)
     chosen, why = choose(loaded, strategy, options or {})
-    declared = resolve_preprocess(preprocess) if preprocess is not None else Preprocess.from_json(stored) if stored else None
+    declared = declared_preprocess(loaded.metadata_props, preprocess)
     task = Task(loaded, chosen.steps if steps is None else steps, declared, device)
     size = chosen.batch if batch is None else batch
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -134,7 +134,7 @@ def choose(model: ir.Model, name: str = "auto", options: Mapping[str, Any] | Non
         return chosen, chosen.evidence(model)
     if options:
         raise UsageError("Options belong to a strategy.", where=", ".join(options), expected="the strategy by its name, not auto")
-    refusals = []
+    refusals = list[str]()
     for each in AUTO:
         try:
             one = make_strategy(each, {})
@@ -168,7 +168,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
 
 def _changed(strategy: Strategy) -> dict[str, Any]:
     default = type(strategy)()
-    values = {name: getattr(strategy, name) for name in type(strategy).__dataclass_fields__}
+    values = {field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)}  # type: ignore[arg-type]
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphq.synthesis.inputs import ImageInput
 from graphq.synthesis.strategy import Arrays, Batch
 
+
 def noise(batch: Batch, size: tuple[int, int, int], *keys: int) -> np.ndarray:
     """Standard normal numbers, float32 `[B, *size]`, each sample its own."""
     return np.stack([batch.generator(sample, *keys).standard_normal(size, np.float32) for sample in batch.samples])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphq import ir
 from graphq.errors import DataError, ModelError
 from graphq.preprocess import Layout, Preprocess, format_shape, image_shape
+from graphq.spec import ModelInput
 
 WIDEST = 2.5
 """Values lie within plus and minus this where no preprocessing is declared: those of 99 % of standard normal numbers."""
@@ -39,9 +40,8 @@ class ImageInput:
         return {self.name: np.ascontiguousarray(ordered.astype(self.dtype))}
 
 
-def image_input(model: ir.Model, preprocess: Preprocess | None = None) -> ImageInput:
-    """The image input of a model that has no other. Raises ModelError if it is not such a model."""
-    inputs = ir.inputs(model)
+def image_input(inputs: Sequence[ModelInput], preprocess: Preprocess | None = None) -> ImageInput:
+    """The image input among the `inputs` of a model, if there is no other. Raises ModelError if it is not such a model."""
     if len(inputs) != 1 or inputs[0].dtype.kind != "f":
         found = ", ".join(f"{one.name} {one.dtype}{format_shape(one.shape)}" for one in inputs)
         raise ModelError("The model does not take float images alone.", where=f"inputs {found}", expected="one float input of rank 4")

@@ -27,11 +27,11 @@ class Natural(Strategy):
     steps = 1
 
     def evidence(self, model: ir.Model) -> str:
-        channels, height, width = image_input(model).size
+        channels, height, width = image_input(ir.inputs(model)).size
         return f"images {channels}x{height}x{width}"
 
     def prepare(self, task: Task) -> Maker:
-        image = image_input(task.model, task.preprocess)
+        image = image_input(ir.inputs(task.model), task.preprocess)
 
         def make(batch: Batch) -> Arrays:
             return image.arrays(clouds(batch, image))

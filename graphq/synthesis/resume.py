@@ -7,10 +7,11 @@ import json
 import os
 import tempfile
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -54,11 +55,11 @@ class Keeper:
             self.folder.mkdir(exist_ok=True)
             found = self.folder / _KEY
             if not found.exists() and any(self.folder.iterdir()):
-                raise UsageError("The folder for an interrupted run holds other files.", where=str(self.folder), hint="give another folder")
+                raise UsageError("The folder for an interrupted run holds other files.", where=str(self.folder), hint="move it away")
             if found.exists() and found.read_text(encoding="utf-8") != self.key:
-                raise UsageError("The interrupted run there was another one.", where=str(self.folder), hint="ask for the same as before (model, "
-                                 "strategy, count, steps, seed...), or remove the folder to start anew",
-                                 expected=found.read_text(encoding="utf-8")[:500])  # fmt: skip
+                raise UsageError("The interrupted run there was another one.", where=str(self.folder),
+                                 expected=found.read_text(encoding="utf-8")[:500],
+                                 hint="ask for the same as before, or remove the folder to start anew")  # fmt: skip
             found.write_text(self.key, encoding="utf-8")
         except OSError as error:
             raise UsageError("The folder for an interrupted run cannot be used.", where=f"{self.folder}: {error.strerror}",
@@ -114,8 +115,16 @@ class Keeper:
             return
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.folder)
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{f"array:{key}": array for key, array in arrays.items()}, **{_FACTS: np.array(json.dumps(facts))})
+            write_npz(file, {f"array:{key}": array for key, array in arrays.items()} | {_FACTS: np.array(json.dumps(facts))})
         os.replace(temporary, self.folder / f"{name}{_SUFFIX}")
+
+
+def write_npz(file: IO[bytes], arrays: Arrays) -> None:
+    """What `np.savez` writes, whatever the arrays are called: it has parameters of its own."""
+    with zipfile.ZipFile(file, "w") as pack:
+        for name, array in arrays.items():
+            with pack.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def clear(folder: str | Path) -> None:
