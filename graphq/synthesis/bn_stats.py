@@ -1,0 +1,61 @@
+"""Images with the statistics that BatchNormalization remembers of the training data: ZeroQ (arXiv 2001.00281)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graphq import ir
+from graphq.errors import ModelError
+from graphq.synthesis.graph import batch_norms
+from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
+from graphq.synthesis.inputs import image_input
+from graphq.synthesis.losses import statistics_distance, total_variation
+from graphq.synthesis.natural import clouds
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.torch_executor import TorchExecutor
+
+
+@strategy_options
+class BnStats(Strategy):
+    """Images whose activations have the means and standard deviations that BatchNormalization remembers, over the batch.
+
+    Attributes:
+        start: Noise, as in ZeroQ, or clouds with the spectrum of photographs.
+        variation: What total variation counts, for each image; the distance of statistics counts 1 for each layer.
+        rate: Step size of Adam, as a share of the range of values.
+    """
+
+    name = "bn-stats"
+    steps = 300
+
+    start: Literal["noise", "clouds"] = "noise"
+    variation: float = 0.0
+    rate: float = 0.02
+
+    def evidence(self, model: ir.Model) -> str:
+        image_input(ir.inputs(model))
+        found = batch_norms(model)
+        if not found:
+            raise ModelError("There is no BatchNormalization.", hint="export the model before its BatchNormalization is folded")
+        return f"the statistics of {len(found)} BatchNormalization"
+
+    def prepare(self, task: Task) -> Maker:
+        image, layers = image_input(ir.inputs(task.model), task.preprocess), batch_norms(task.model)
+        executor = TorchExecutor(task.model, [layer.value for layer in layers], device=task.device)
+        goals = [[torch.from_numpy(part).to(executor.device) for part in (layer.mean, layer.deviation)] for layer in layers]
+        adam = Adam(self.rate * float((image.high - image.low).mean()))
+
+        def make(batch: Batch) -> Arrays:
+            def loss(images: Tensor, step: int) -> Losses:
+                values = executor.run(feed(images, image))
+                distances = [statistics_distance(value, *goal) for value, goal in zip(values, goals, strict=True)]
+                losses = {"statistics": torch.stack(distances).sum().expand(len(images)) / len(images)}
+                return losses | ({"variation": self.variation * total_variation(images)} if self.variation else {})
+
+            start = (lambda: clouds(batch, image, 0)) if self.start == "clouds" else (lambda: noise(batch, image.size, 0))
+            return optimise(batch, start, image, loss, adam, task.steps, executor.device)
+
+        return make

@@ -1,0 +1,66 @@
+"""Images for classifiers of which nothing is left but weights: a network whose BatchNormalization was folded before it was exported.
+
+The statistics of its layers cannot be had from folded weights: `W' = W gamma / sigma` and `b' = beta - mu gamma / sigma` mix them. What is
+known is that photographs make confident predictions of some classes, and what photographs look like: images start as clouds with their
+spectrum (`natural`), are drawn to soft labels, and stay smooth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphq import ir
+from graphq.synthesis import labels
+from graphq.synthesis.graph import class_count
+from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
+from graphq.synthesis.inputs import image_input
+from graphq.synthesis.losses import cross_entropy, total_variation
+from graphq.synthesis.natural import clouds
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.torch_executor import TorchExecutor
+
+
+@strategy_options
+class Logits(Strategy):
+    """Smooth images of random classes.
+
+    Attributes:
+        soft_labels: Whether logits are drawn to random ones with a large class, instead of to one class alone.
+        clouds: Whether images start as clouds, instead of as noise.
+        variation: What total variation counts.
+        rate: Step size of Adam, as a share of the range of values.
+    """
+
+    name = "logits"
+    steps = 200
+
+    soft_labels: bool = True
+    clouds: bool = True
+    variation: float = 0.05
+    rate: float = 0.02
+
+    def evidence(self, model: ir.Model) -> str:
+        channels, height, width = image_input(ir.inputs(model)).size
+        return f"images {channels}x{height}x{width}, {class_count(model)} classes"
+
+    def prepare(self, task: Task) -> Maker:
+        image, classes = image_input(ir.inputs(task.model), task.preprocess), class_count(task.model)
+        executor = TorchExecutor(task.model, [task.model.graph.outputs[0].name or ""], device=task.device)
+        adam = Adam(self.rate * float((image.high - image.low).mean()))
+
+        def make(batch: Batch) -> Arrays:
+            targets = []
+            for random in (batch.generator(sample, 1) for sample in batch.samples):
+                shown = [int(random.integers(classes))]
+                targets.append(labels.soft_label(random, shown, classes) if self.soft_labels else labels.hard_label(shown, classes))
+
+            def loss(images: Tensor, step: int) -> Losses:
+                (found,) = executor.run(feed(images, image))
+                target = torch.stack([torch.from_numpy(one) for one in targets]).to(images.device)
+                return {"labels": cross_entropy(found.flatten(1), target), "variation": self.variation * total_variation(images)}
+
+            start = (lambda: clouds(batch, image, 0)) if self.clouds else (lambda: noise(batch, image.size, 0))
+            return optimise(batch, start, image, loss, adam, task.steps, executor.device)
+
+        return make
