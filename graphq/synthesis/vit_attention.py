@@ -4,8 +4,8 @@ Noise spreads attention evenly, photographs gather it on what they show. Three p
 
 - priors: the attention of each head in the deeper half of the layers is drawn to a random mixture of Gaussians over the patches;
 - soft_labels: the logits are drawn to random ones with a few large classes, instead of to one class alone;
-- regions: one to four parts of each image, enlarged to the whole, are optimised as images of their own, each to a class of its own; what the
-  image as a whole is drawn to has the classes of its parts.
+- regions: one to four parts of each image, enlarged to the whole, are optimised as images of their own, each to a class of its own;
+  what the image as a whole is drawn to has the classes of its parts.
 
 With `regions`, steps alternate between the whole image and its parts, one after the other; a step costs the same with or without them.
 """
