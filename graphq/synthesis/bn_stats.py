@@ -46,14 +46,14 @@ class BnStats(Strategy):
         image, layers = image_input(ir.inputs(task.model), task.preprocess), batch_norms(task.model)
         executor = TorchExecutor(task.model, [layer.value for layer in layers], device=task.device)
         goals = [[torch.from_numpy(part).to(executor.device) for part in (layer.mean, layer.deviation)] for layer in layers]
-        adam = Adam(self.rate * float((image.high - image.low).mean()))
+        adam = Adam(self.rate * image.span)
 
         def make(batch: Batch) -> Arrays:
             def loss(images: Tensor, step: int) -> Losses:
                 values = executor.run(feed(images, image))
                 distances = [statistics_distance(value, *goal) for value, goal in zip(values, goals, strict=True)]
                 losses = {"statistics": torch.stack(distances).sum().expand(len(images)) / len(images)}
-                return losses | ({"variation": self.variation * total_variation(images)} if self.variation else {})
+                return losses | ({"variation": self.variation * total_variation(images, image.span)} if self.variation else {})
 
             start = (lambda: clouds(batch, image, 0)) if self.start == "clouds" else (lambda: noise(batch, image.size, 0))
             return optimise(batch, start, image, loss, adam, task.steps, executor.device)

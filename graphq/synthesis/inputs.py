@@ -34,6 +34,11 @@ class ImageInput:
     low: np.ndarray
     high: np.ndarray
 
+    @property
+    def span(self) -> float:
+        """From the least to the greatest value, mean over channels."""
+        return float((self.high - self.low).mean())
+
     def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Images `[B, C, H, W]` as calibration data, of the model's own type and order of axes."""
         ordered = images if self.layout == "NCHW" else images.transpose(0, 2, 3, 1)

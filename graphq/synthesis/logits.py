@@ -37,7 +37,7 @@ class Logits(Strategy):
 
     soft_labels: bool = True
     clouds: bool = True
-    variation: float = 0.05
+    variation: float = 50.0
     rate: float = 0.02
 
     def evidence(self, model: ir.Model) -> str:
@@ -47,7 +47,7 @@ class Logits(Strategy):
     def prepare(self, task: Task) -> Maker:
         image, classes = image_input(ir.inputs(task.model), task.preprocess), class_count(task.model)
         executor = TorchExecutor(task.model, [task.model.graph.outputs[0].name or ""], device=task.device)
-        adam = Adam(self.rate * float((image.high - image.low).mean()))
+        adam = Adam(self.rate * image.span)
 
         def make(batch: Batch) -> Arrays:
             targets = []
@@ -58,7 +58,8 @@ class Logits(Strategy):
             def loss(images: Tensor, step: int) -> Losses:
                 (found,) = executor.run(feed(images, image))
                 target = torch.stack([torch.from_numpy(one) for one in targets]).to(images.device)
-                return {"labels": cross_entropy(found.flatten(1), target), "variation": self.variation * total_variation(images)}
+                variation = self.variation * total_variation(images, image.span)
+                return {"labels": cross_entropy(found.flatten(1), target), "variation": variation}
 
             start = (lambda: clouds(batch, image, 0)) if self.clouds else (lambda: noise(batch, image.size, 0))
             return optimise(batch, start, image, loss, adam, task.steps, executor.device)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-POINTS = 10
+POINTS = 20
 """At which a density is looked at."""
 
 BANDWIDTH = 0.05
@@ -22,10 +22,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * logits.log_softmax(dim=1)).sum(dim=1)
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Euclidean norm of the differences between neighbours, right and below, in images `[B, C, height, width]`."""
-    right, below = images.diff(dim=3), images.diff(dim=2)
-    return (right.square().sum(dim=(1, 2, 3)) + below.square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
+def total_variation(images: Tensor, span: float) -> Tensor:
+    """Root of the mean square of differences between neighbours, right and below, as a share of the range `span` of values.
+
+    Images are `[B, C, height, width]`. The Euclidean norm that papers use is this times the root of the number of neighbours.
+    """
+    right, below = (images.diff(dim=axis).square().mean(dim=(1, 2, 3)) for axis in (3, 2))
+    return ((right + below) / 2 + 1e-12).sqrt() / span
 
 
 def attention_distance(attention: Tensor, prior: Tensor) -> Tensor:
@@ -49,14 +52,14 @@ def patch_attention(attention: Tensor, patches: int) -> Tensor:
 def similarity_entropy(features: Tensor) -> Tensor:
     """Differential entropy of the cosine similarities between patches, from features `[B, P, D]` (PSAQ-ViT, arXiv 2203.02250), in nats.
 
-    The density is that of a Gaussian kernel, at `POINTS` points from the least to the greatest similarity of each sample. Noise makes
-    patches that are all alike; photographs, with foreground and background, make diverse similarities: a high entropy.
+    The density is that of a Gaussian kernel, at `POINTS` points around the similarities of each sample: as far as the kernel reaches, so
+    that patches which are all alike have the least entropy. Noise makes such; photographs, with foreground and background, diverse ones.
     """
     directions = torch.nn.functional.normalize(features, dim=2)
     patches = features.shape[1]
     upper = torch.triu_indices(patches, patches, 1, device=features.device)
     cosines = (directions @ directions.transpose(1, 2))[:, upper[0], upper[1]]
-    low, high = cosines.detach().amin(dim=1), cosines.detach().amax(dim=1)
+    low, high = cosines.detach().amin(dim=1) - 3 * BANDWIDTH, cosines.detach().amax(dim=1) + 3 * BANDWIDTH
     places = torch.linspace(0, 1, POINTS, device=features.device, dtype=features.dtype)
     points = low[:, None] + (high - low)[:, None] * places
     density = torch.stack([kernel(cosines, points[:, index]) for index in range(POINTS)], dim=1)

@@ -29,7 +29,7 @@ class PatchSimilarity(Strategy):
     steps = 500
 
     entropy: float = 1.0
-    variation: float = 0.05
+    variation: float = 50.0
     rate: float = 0.05
 
     def evidence(self, model: ir.Model) -> str:
@@ -41,7 +41,7 @@ class PatchSimilarity(Strategy):
         layers, classes = attentions(task.model, *image.size[1:]), class_count(task.model)
         fetches = [task.model.graph.outputs[0].name or "", *(layer.mixed for layer in layers)]
         executor = TorchExecutor(task.model, fetches, device=task.device)
-        adam = Adam(self.rate * float((image.high - image.low).mean()), betas=(0.5, 0.9))
+        adam = Adam(self.rate * image.span, betas=(0.5, 0.9))
 
         def make(batch: Batch) -> Arrays:
             chosen = [[int(batch.generator(sample, 1).integers(classes))] for sample in batch.samples]
@@ -53,7 +53,7 @@ class PatchSimilarity(Strategy):
                 return {
                     "labels": cross_entropy(found.flatten(1), target),
                     "similarity": -self.entropy * torch.stack(entropies).sum(dim=0),
-                    "variation": self.variation * total_variation(images),
+                    "variation": self.variation * total_variation(images, image.span),
                 }
 
             return optimise(batch, lambda: noise(batch, image.size, 0), image, loss, adam, task.steps, executor.device)

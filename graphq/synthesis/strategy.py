@@ -98,6 +98,10 @@ class Strategy(ABC):
     def evidence(self, model: ir.Model) -> str:
         """What of `model` it works on, such as `12 attention layers`. Raises ModelError if the model has nothing of that kind."""
 
+    def steps_for(self, model: ir.Model) -> int:
+        """Steps for a batch, where the model has a say in that."""
+        return self.steps
+
     @abstractmethod
     def prepare(self, task: Task) -> Maker:
         """What makes a batch: an array `[len(batch.samples), ...]` for each input of the model, from `batch.state` on if there is one.

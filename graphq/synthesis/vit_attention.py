@@ -48,7 +48,7 @@ class VitAttention(Strategy):
     soft_labels: bool = True
     regions: bool = True
     attention: float = 1.0
-    variation: float = 0.05
+    variation: float = 50.0
     rate: float = 0.05
 
     def evidence(self, model: ir.Model) -> str:
@@ -61,7 +61,7 @@ class VitAttention(Strategy):
         depths = range(len(layers) // 2, len(layers)) if self.priors else range(0)
         logits = task.model.graph.outputs[0].name or ""
         executor = TorchExecutor(task.model, [logits, *(layers[depth].weights for depth in depths)], device=task.device)
-        adam = Adam(self.rate * float((image.high - image.low).mean()))
+        adam = Adam(self.rate * image.span)
         classes = class_count(task.model)
 
         def make(batch: Batch) -> Arrays:
@@ -80,7 +80,7 @@ class VitAttention(Strategy):
                         (depth + 1) / len(layers) * attention_distance(patch_attention(part, layers[depth].patches), prior[:, index])
                         for index, (depth, part) in enumerate(zip(depths, weights, strict=True))
                     ]).sum(dim=0)  # fmt: skip
-                losses["variation"] = self.variation * total_variation(shown)
+                losses["variation"] = self.variation * total_variation(shown, image.span)
                 return losses
 
             return optimise(batch, lambda: noise(batch, image.size, 0), image, loss, adam, task.steps, executor.device)
