@@ -33,11 +33,11 @@ SPLIT_SEED = 1797
 DEFAULT_CALIBRATION_COUNT = 128
 
 
-def images(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 (N, 1, 32, 32) in [-1, 1] and labels int64 (N,) of a split, in a fixed shuffled order."""
+def images(split: Split, size: int = IMAGE_SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 (N, 1, size, size) in [-1, 1] and labels int64 (N,) of a split, in a fixed shuffled order."""
     pixels, labels = _raw()
     rows = split_indices(split)
-    return _prepare(pixels[rows]), labels[rows]
+    return _prepare(pixels[rows], size), labels[rows]
 
 
 def calibration(count: int = DEFAULT_CALIBRATION_COUNT) -> np.ndarray:
@@ -85,9 +85,9 @@ def _raw() -> tuple[np.ndarray, np.ndarray]:
     return data.images.astype(np.float32), data.target.astype(np.int64)
 
 
-def _prepare(pixels: np.ndarray) -> np.ndarray:
-    """Ink float32 (N, 8, 8) in 0..16 to model inputs float32 (N, 1, 32, 32) in [-1, 1]."""
-    weights = _upscale_weights(pixels.shape[-1], IMAGE_SIZE)
+def _prepare(pixels: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Ink float32 (N, 8, 8) in 0..16 to model inputs float32 (N, 1, size, size) in [-1, 1]."""
+    weights = _upscale_weights(pixels.shape[-1], size)
     upscaled = weights @ pixels @ weights.T
     return np.ascontiguousarray(upscaled[:, None] / 8 - 1, dtype=np.float32)
 

@@ -60,16 +60,16 @@ def position_waves(side: int, dim: int) -> Tensor:
 
 
 class DigitsVit(nn.Module):
-    """Images (B, 1, 32, 32) in [-1, 1] to logits (B, 10); the class token is read out."""
+    """Images (B, 1, 32, 32) in [-1, 1] to logits (B, outputs); the class token is read out."""
 
-    def __init__(self, dim: int = 96, depth: int = 4, heads: int = 3, patch: int = 4, mlp_ratio: int = 4) -> None:
+    def __init__(self, dim: int = 96, depth: int = 4, heads: int = 3, patch: int = 4, mlp_ratio: int = 4, outputs: int = 10) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(1, dim, kernel_size=patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.position = nn.Parameter(torch.cat([torch.zeros(1, 1, dim), position_waves(32 // patch, dim)], dim=1))
         self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 10)
+        self.head = nn.Linear(dim, outputs)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -90,16 +90,21 @@ def augment(inputs: Tensor) -> Tensor:
     return functional.grid_sample(inputs, grid, padding_mode="border", align_corners=False)
 
 
-def export(model: nn.Module, path: Path, keep_norms: bool) -> None:
-    """Write a model as one self-contained ONNX file with a dynamic batch and no trace of this machine."""
-    example = torch.zeros(2, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
+def export(model: nn.Module, path: Path, keep_norms: bool = False, *, name: str = digits.INPUT_NAME, example: Tensor | None = None,
+           output: str = "logits") -> None:  # fmt: skip
+    """Write a model of one input, images unless there is an `example`, as one self-contained ONNX file.
+
+    Its batch is dynamic, and it has no trace of this machine.
+    """
+    if example is None:
+        example = torch.zeros(2, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
     program = torch.onnx.export(
         model,
         (example,),
         dynamo=True,
         opset_version=OPSET,
-        input_names=[digits.INPUT_NAME],
-        output_names=["logits"],
+        input_names=[name],
+        output_names=[output],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         optimize=not keep_norms,
         verbose=False,
@@ -125,19 +130,18 @@ def strip(proto: onnx.ModelProto) -> None:
         item.ClearField("metadata_props")
 
 
-def check(model: nn.Module, path: Path) -> None:
-    """Compare ONNX Runtime with torch on the test split, and print size, difference and accuracy."""
+def check(model: nn.Module, path: Path, inputs: np.ndarray) -> onnxruntime.InferenceSession:
+    """The session of an exported model, which has one input and output; prints size and difference from torch, and refuses a large one."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    inputs, _ = digits.images("test")
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
-    (logits,) = session.run(None, {digits.INPUT_NAME: inputs})
-    difference = float(np.abs(np.asarray(logits) - expected).max())
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs})
+    difference = float(np.abs(np.asarray(found) - expected).max())
     if difference > MAX_DIFFERENCE:
         raise RuntimeError(f"{path.name}: ONNX Runtime differs from torch by {difference:.2e}, over {MAX_DIFFERENCE}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{path.name}: {parameters} parameters, {path.stat().st_size} bytes, max |ort - torch| {difference:.1e}")
-    print(f"{path.name}: {digits.accuracy(session):.2f} % on the test split")
+    return session
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,7 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = RECIPES[options.name]
     model = train(recipe)
     export(model, path, recipe.keep_norms)
-    check(model, path)
+    session = check(model, path, digits.images("test")[0])
+    print(f"{path.name}: {digits.accuracy(session):.2f} % on the test split")
 
 
 if __name__ == "__main__":
