@@ -1,9 +1,9 @@
-"""Rounding a layer's weight so that its output, not each weight, is close: GPTQ, Wqer, and greedy steps of one code.
+"""Rounding a layer's weight so that its output, not each weight, is close: GPTQ, Wqer, AdaRound, and greedy steps of one code.
 
 All minimize `P(δ) = δᵀ C δ` for each output, where δ is what rounding changes in its weights and C the (damped) Gram matrix of
 what the layer reads. Letters as in `_layer_rows`: W: [G, O, D], C: [G, D, D]; codes are whole numbers, float64 [G, O, D].
 
-GPTQ: arXiv 2210.17323. Wqer: ERQ, arXiv 2407.06794, with exact gains.
+GPTQ: arXiv 2210.17323. Wqer: ERQ, arXiv 2407.06794, with exact gains. AdaRound: arXiv 2004.10568, without a single forward pass.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _BLOCK = 128  # Columns of GPTQ whose effect on the rest is applied at once.
 _TILE = 1 << 17  # Elements of the greedy search at once: they stay in the cache between its steps.
 _STEPS = 4  # Steps of one code for each of D inputs, at most.
 _MARGIN = 1 + 1e-9  # A step has to gain more than float64 loses.
+
+_ROUNDS, _RATE, _BETAS, _WARM_UP = 500, 0.1, (0.9, 0.999), 0.2  # Of AdaRound: Adam's steps, and the share of them without a penalty.
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,56 @@ def wqer(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
     return codes
 
 
+def adaround(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+    """Codes `floor(w / s) + h` with h from 0 to 1 that Adam finds for the least P, while a penalty drives each h to one end.
+
+    `h = clip(1.2 sigmoid(a) - 0.1, 0, 1)`, which starts at the fraction of w / s. The slope of P, `2 s (Cδ)_j`, needs C alone, so that
+    a step is one product with C. P is counted in units of each weight's own share of it, `s² C_jj`, which makes the penalty
+    `1 - |2h - 1|^β`, β from 20 to 2, as strong for all: at its end it bends P by -8, against the 2 with which P holds an h in between.
+    """
+    place = weight / grid.scale + grid.zero
+    base = np.clip(np.floor(place), grid.low, grid.high - 1)
+    start = np.clip(place - base, 0.0, 1.0)
+    alpha = -np.log(1.2 / (start + 0.1) - 1).astype(np.float32)
+    offset, scale, gram32 = (grid.floats(base) - weight).astype(np.float32), grid.scale.astype(np.float32), gram.astype(np.float32)
+    unit = 2 / (scale * np.einsum("gdd->gd", gram32)[:, None])
+    mean, square, h = np.zeros_like(alpha), np.zeros_like(alpha), start
+    for step in range(_ROUNDS):
+        share = 1 / (1 + np.exp(-alpha))
+        h = np.clip(1.2 * share - 0.1, 0, 1)
+        slope = np.where(grid.pinned, 0, offset + scale * h) @ gram32 * unit
+        progress = (step / _ROUNDS - _WARM_UP) / (1 - _WARM_UP)
+        if progress >= 0:
+            beta, side = 20 - 18 * progress, 2 * h - 1
+            slope -= 2 * beta * np.sign(side) * np.abs(side) ** (beta - 1)
+        slope *= np.where((h > 0) & (h < 1), 1.2 * share * (1 - share), 0)
+        mean += (1 - _BETAS[0]) * (slope - mean)
+        square += (1 - _BETAS[1]) * (slope**2 - square)
+        rate = _RATE * np.sqrt(1 - _BETAS[1] ** (step + 1)) / (1 - _BETAS[0] ** (step + 1))
+        alpha -= np.float32(rate) * mean / (np.sqrt(square) + 1e-12)
+    return np.where(grid.pinned, grid.zero, base + (h >= 0.5))
+
+
+def _proxy(codes: np.ndarray, weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+    """P of each row, [G, O, 1]."""
+    delta = grid.floats(codes) - weight
+    return np.asarray(np.sum(delta @ gram * delta, axis=2, keepdims=True))
+
+
 def round_weight(algorithm: str, weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
-    """Codes by the algorithm of that name; `greedy` starts from what GPTQ found."""
+    """Codes by the algorithm of that name; `greedy` starts from what GPTQ found, and ends what `adaround` found.
+
+    No row of `adaround` is worse than round to nearest on C: its greedy steps start from that where it is better.
+    """
     weight = weight.astype(np.float64)
     if algorithm == "rtn":
         return grid.nearest(weight)
     if algorithm == "wqer":
         return wqer(weight, gram, grid)
+    if algorithm == "adaround":
+        found, near = adaround(weight, gram, grid), grid.nearest(weight)
+        is_worse = _proxy(found, weight, gram, grid) > _proxy(near, weight, gram, grid)
+        return greedy(weight, gram, grid, np.where(is_worse, near, found))
     codes = gptq(weight, gram, grid)
     return greedy(weight, gram, grid, codes) if algorithm == "greedy" else codes
 

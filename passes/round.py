@@ -34,7 +34,9 @@ class Round(Pass):
 
     Attributes:
         bits: Width of a weight, unless its layer asks for another (see `graphq.precision`).
-        algorithm: Round to nearest, GPTQ (arXiv 2210.17323), Wqer (arXiv 2407.06794), or GPTQ improved by greedy steps.
+        algorithm: Round to nearest, GPTQ (arXiv 2210.17323), Wqer (arXiv 2407.06794), GPTQ or AdaRound (arXiv 2004.10568) improved
+            by greedy steps: `greedy` and `adaround`. The last takes ten times as long and no weight further than one code away, so
+            that it is behind where inputs are strongly correlated.
         group_size: One scale for so many consecutive inputs of a matrix; without, and for convolutions, one an output channel.
         symmetric: Whether zero points are 0; by default only where the target takes no others.
         scales: Whether a scale covers the whole range of its weights, or the part of it with the least squared error.
@@ -49,7 +51,7 @@ class Round(Pass):
     needs_data: ClassVar[bool] = True
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
-    algorithm: Literal["rtn", "gptq", "wqer", "greedy"] = "greedy"
+    algorithm: Literal["rtn", "gptq", "wqer", "greedy", "adaround"] = "greedy"
     group_size: Annotated[int, Field(ge=2)] | None = None
     symmetric: bool | None = None
     scales: Literal["min-max", "mse"] = "mse"

@@ -28,7 +28,7 @@ from graphq.targets import get_target, require_legal
 from graphq.verify import verify_graph
 
 GOLDEN = Path(__file__).parent / "golden" / "round"
-ALGORITHMS = ("rtn", "gptq", "wqer", "greedy")
+ALGORITHMS = ("rtn", "gptq", "wqer", "greedy", "adaround")
 RNG = np.random.default_rng(3)
 SHAPES: dict[str, tuple[int, ...]] = {
     "w": (48, 20), "wt": (20, 48), "v": (20, 12), "b": (20,), "c": (12,), "d": (6,),
