@@ -14,6 +14,7 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
+    "reconstruct": "graphq.passes.reconstruct:Reconstruct",
     "higgs": "graphq.passes.higgs:Higgs",
     "rotate": "graphq.passes.rotate:Rotate",
     "wush": "graphq.passes.wush:Wush",

@@ -7,8 +7,6 @@ It stands behind whatever quantizes: `round`, `quantize-weights`, `insert-qdq`. 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -27,8 +25,42 @@ class Reconstruct(Pass):
     Attributes:
         steps: Steps of Adam for each block.
         budget_s: Seconds that the pass may take, shared out among the blocks; what it does then depends on the machine.
+        rounding: How codes are learned: `through`, as a float weight that is rounded, straight through; or `gates` between the two codes
+            around each weight, as AdaRound does (BRECQ).
+        drop: Share of the elements of activations that pass their quantizers unchanged while it learns (QDrop).
+        rate: Of codes, in codes a step.
+        step_rate: Of the steps of activations, as a share of each (LSQ).
+        bias_rate: Of biases, as a share of their root mean square.
+        sums: Residual sums that a block ends with the last of.
+        batch: Samples in a step.
+        samples: Calibration samples to use, 0 for all; a fifth of them judges.
+        exclude: Patterns of node names (or operator types) that stay as they are.
     """
 
     name: ClassVar[str] = "reconstruct"
     needs_data: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = False
+
+    steps: Annotated[int, Field(ge=1)] = 300
+    budget_s: Annotated[float, Field(gt=0)] | None = None
+    rounding: Literal["through", "gates"] = "through"
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    rate: Annotated[float, Field(ge=0)] = 0.01
+    step_rate: Annotated[float, Field(ge=0)] = 0.001
+    bias_rate: Annotated[float, Field(ge=0)] = 0.001
+    sums: Annotated[int, Field(ge=1)] = 1
+    batch: Annotated[int, Field(ge=1)] = 16
+    samples: Annotated[int, Field(ge=0)] = 0
+    exclude: tuple[str, ...] = ()
+
+    def precheck(self, model: ir.Model, target: Target) -> None:
+        import graphq.torch_executor  # noqa: F401 (says so if torch is missing)
+
+        require_matches(model, self.exclude)
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        from graphq.passes._learned_torch import Plan
+
+        rates = {"codes": self.rate, "floats": 0.0, "steps": self.step_rate, "biases": self.bias_rate}
+        plan = Plan(self.steps, self.budget_s or math.inf, rates, soft=self.rounding == "gates", drop=self.drop)
+        _reconstruct.run(model, ctx, _reconstruct.Settings(plan, self.batch, self.sums, self.samples or None, self.exclude))
