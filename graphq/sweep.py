@@ -1,8 +1,9 @@
 """The sweep: one walk over the reference and the current model that stops at every node, or block of nodes, a pass wants to work on.
 
 Layer-by-layer methods need, for each linear node, the activations that reach it in the current model (everything before it
-already changed) and what it computes in the reference; block-by-block methods the same of many nodes at once. Either walk keeps the tensors that later nodes still read (the frontier)
-for all calibration samples, so that each node runs once at most, whatever the depth.
+already changed) and what it computes in the reference; block-by-block methods the same of many nodes at once. Either walk keeps
+the tensors that later nodes still read (the frontier) for all calibration samples, so that each node runs once at most, whatever
+the depth.
 """
 
 from __future__ import annotations

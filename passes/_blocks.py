@@ -19,7 +19,7 @@ def ends(graph: ir.Graph, layers: Collection[ir.Node], sums: int = 1) -> list[ir
         layers: Nodes with weights, as they count here.
     """
     position = {node: index for index, node in enumerate(graph)}
-    origins, passed = dict[ir.Value, int](), dict[ir.Value, int]()  # bits: of inputs and nodes whose data it depends on, of layers among these
+    origins, passed = dict[ir.Value, int](), dict[ir.Value, int]()  # bits of the inputs and nodes that it depends on, and of the layers
     for index, value in enumerate(graph.inputs):
         origins[value] = 0 if value.is_initializer() else 1 << index
     inside, found, first = 0, list[ir.Value](), len(graph.inputs)

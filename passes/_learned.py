@@ -1,4 +1,4 @@
-"""What can be learned in some nodes of a quantized model, read off the graph: codes of weights, steps of activations, biases, float weights.
+"""What can be learned in some nodes of a model, read off the graph: codes of weights, float weights, biases, steps of activations.
 
 Each is a constant that nobody else reads, so that what is learned here changes nothing elsewhere.
 """
@@ -15,6 +15,16 @@ from graphq.editor import Editor
 from graphq.passes import _bias
 
 Skip = Callable[[ir.Node, str], None]
+
+@dataclass(frozen=True)
+class Rates:
+    """How far a step of Adam moves what is learned: codes in codes, all else as a share of it; 0 keeps it as it is."""
+
+    codes: float = 0.0
+    weights: float = 0.0
+    steps: float = 0.0
+    biases: float = 0.0
+
 
 _INSIDE = 0.499
 """How far from a code a weight that it stands for may be, in steps."""
@@ -42,6 +52,10 @@ class Codes:
     high: float
     pinned: np.ndarray
 
+    @property
+    def values(self) -> tuple[ir.Value, ...]:
+        return (self.value,)
+
 
 @dataclass(frozen=True)
 class Floats:
@@ -59,12 +73,17 @@ class Floats:
     unit: float
     is_weight: bool
 
+    @property
+    def values(self) -> tuple[ir.Value, ...]:
+        return (self.value,)
+
 
 @dataclass(frozen=True)
 class Steps:
-    """The step of a quantizer of activations, and the ends of the Clip before it, which are multiples of it."""
+    """The step of a quantizer of activations, and the ends of the Clip before it, which are multiples of it: float32 of shape []."""
 
     values: tuple[ir.Value, ...]
+    starts: tuple[np.ndarray, ...]
 
 
 Learned = Codes | Floats | Steps
@@ -94,9 +113,9 @@ def find(nodes: Sequence[ir.Node], reference: dict[str, ir.Node], skip: Skip) ->
     return found
 
 
-def _is_own(value: ir.Value | None, readers: int = 1) -> bool:
-    """Whether `value` is an initializer that `readers` nodes read, and the model does not return."""
-    return value is not None and value.is_initializer() and len(ir.uses(value)) == readers and not value.is_graph_output()
+def _is_own(value: ir.Value | None) -> bool:
+    """Whether `value` is an initializer that one node reads, and the model does not return."""
+    return value is not None and value.is_initializer() and len(ir.uses(value)) == 1 and not value.is_graph_output()
 
 
 def _floats(value: ir.Value, *, is_weight: bool) -> Floats | str:
@@ -155,7 +174,8 @@ def _steps(node: ir.Node, members: set[ir.Node]) -> Steps | None:
         return None
     clip = qdq.clip_before(node)
     ends = [] if clip is None else [value for value in clip.inputs[1:] if value is not None]
-    return Steps((scale, *ends)) if all(map(_is_own, ends)) else None
+    values = (scale, *ends)
+    return Steps(values, tuple(np.asarray(ir.constant(value)) for value in values)) if all(map(_is_own, ends)) else None
 
 
 def _has_integer_bias(node: ir.Node) -> bool:
@@ -165,8 +185,7 @@ def _has_integer_bias(node: ir.Node) -> bool:
 
 def store(edit: Editor, one: Learned, arrays: Sequence[np.ndarray]) -> None:
     """Let the constants of `one` be `arrays`: codes, a float array, or the step and the ends of its Clip."""
-    values = one.values if isinstance(one, Steps) else (one.value,)
-    for value, array in zip(values, arrays, strict=True):
+    for value, array in zip(one.values, arrays, strict=True):
         before = ir.constant(value)
         assert before is not None
         if not np.array_equal(before.astype(np.float32), array):

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from graphq import ir, linear, stored
 from graphq.exclude import is_excluded
 from graphq.noise import decibel
 from graphq.passes import _blocks, _learned
-from graphq.passes._learned import Codes, Floats, Learned
+from graphq.passes._learned import Codes, Floats, Learned, Rates
 from graphq.pipeline import PassContext
 from graphq.sweep import BlockStep
 
 if TYPE_CHECKING:
-    from graphq.passes._learned_torch import Batch, Plan
+    from graphq.passes._learned_torch import Plan
+
+T = TypeVar("T")
 
 FOLDS = 5
 """Of so many batches, one is held out."""
@@ -25,10 +26,12 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """What `run` does: see `passes.reconstruct.Reconstruct` for most of it, and `_learned_torch.Plan` for `plan`.
+    """What `run` does.
 
     Attributes:
         plan: For each block; its seconds are those of all blocks together.
+        rates: Of what is learned.
+        gates: Whether codes are chosen by AdaRound's gates, rather than straight through.
         batch: Samples in a step.
         sums: Residual sums in a block.
         samples: Calibration samples to use, None for all.
@@ -36,6 +39,8 @@ class Settings:
     """
 
     plan: Plan
+    rates: Rates
+    gates: bool
     batch: int
     sums: int
     samples: int | None
@@ -44,50 +49,51 @@ class Settings:
 
 def layers(model: ir.Model) -> list[ir.Node]:
     """The nodes of the main graph with weights."""
-    return [node for node in model.graph if not node.domain and node.op_type in linear.LINEAR_OPS and stored.is_fixed(linear.weight_of(node))]
+    found = [node for node in model.graph if not node.domain and node.op_type in linear.LINEAR_OPS]
+    return [node for node in found if stored.is_fixed(linear.weight_of(node))]
 
 
-def run(model: ir.Model, ctx: PassContext, settings: Settings, is_wanted: Callable[[Learned], bool] = lambda one: True) -> None:
+def run(model: ir.Model, ctx: PassContext, settings: Settings) -> None:
     """Learn block by block; a block whose error on batches that were held out does not fall stays as it is."""
-    twins = {node.name or "": node for node in ctx.reference.graph}
-    known = ir.values_by_name(ctx.reference.graph)
+    twins, known = {node.name or "": node for node in ctx.reference.graph}, ir.values_by_name(ctx.reference.graph)
     ends = [value for value in _blocks.ends(model.graph, layers(model), settings.sums) if value.name in known]
-    started, kept, seen = time.monotonic(), 0, 0
-    skipped = set[str]()
-
-    def skip(node: ir.Node, reason: str) -> None:
-        skipped.add(node.name or "")
-        ctx.skip(node, reason)
-
+    started, kept, total = time.monotonic(), list[bool](), settings.plan.steps * len(ends)
     for index, step in enumerate(ctx.sweep_blocks(ends, settings.batch, settings.samples)):
         nodes = [node for node in step.nodes if not is_excluded(node, settings.exclude)]
-        found = [one for one in _learned.find(nodes, twins, skip) if is_wanted(one)]
+        found = _learned.find(nodes, twins, ctx.skip)
         if not any(isinstance(one, Codes | Floats) for one in found):
             continue
         left = settings.plan.seconds - (time.monotonic() - started)
-        plan = replace(settings.plan, seconds=max(left, 0.0) / (len(ends) - index), seed=ctx.seed + index)
-        total = settings.plan.steps * len(ends)
-        seen += 1
-        kept += _block(step, found, plan, ctx, lambda done, index=index: ctx.progress("learn", index * plan.steps + done, total))  # type: ignore[misc]
-    if seen and not kept:
+        plan = replace(settings.plan, seconds=left / (len(ends) - index), seed=ctx.seed + index)
+
+        def progress(done: int, first: int = index * plan.steps) -> None:
+            ctx.progress("learn", first + done, total)
+
+        kept.append(_block(step, found, replace(settings, plan=plan), ctx, progress))
+    if kept and not any(kept):
         ctx.nothing_to_do("no block's error on samples that were held out fell")
 
 
-def _block(step: BlockStep, found: Sequence[Learned], plan: Plan, ctx: PassContext, progress: Callable[[int], None]) -> bool:
+def _block(step: BlockStep, found: Sequence[Learned], settings: Settings, ctx: PassContext, progress: Callable[[int], None]) -> bool:
     """Learn what was `found` in one block; returns whether it is kept."""
-    from graphq.passes._learned_torch import Batch, learn
+    from graphq.passes._learned_torch import Batch, arrays_of, leaf_of, learn
     from graphq.torch_executor import TorchExecutor
 
-    batches = [Batch.of({name: arrays[index] for name, arrays in step.x_cur.items()}, target) for index, target in enumerate(step.y_ref)]
-    held = batches[FOLDS - 1 :: FOLDS] or batches[1:][-1:]
-    train = [batch for batch in batches if not any(batch is one for one in held)]
+    feeds = [{name: arrays[index] for name, arrays in step.x_cur.items()} for index in range(len(step.y_ref))]
+    train, held = split([Batch.of(*pair) for pair in zip(feeds, ([target] for target in step.y_ref), strict=True)])
     executor = TorchExecutor(ctx.model, [step.end.name or ""], nodes=step.nodes)
-    result = learn(executor, found, train, held, plan, progress)
-    is_better = math.isfinite(result.held[1]) and result.held[1] < result.held[0]
-    if is_better:
-        for one, arrays in zip(found, result.arrays, strict=True):
-            _learned.store(ctx.edit, one, arrays)
+    leaves = [leaf_of(one, settings.rates, executor.device, gates=settings.gates) for one in found]
+    result = learn(executor, leaves, train, held, settings.plan, progress)
+    if result.is_better:
+        for leaf in leaves:
+            _learned.store(ctx.edit, leaf.one, arrays_of(leaf))
     before, after = (decibel(1.0, error) for error in result.held)
-    ctx.measure(step.end.name or "", sqnr_before_db=before, sqnr_db=after if is_better else before, gained_db=after - before if is_better else 0.0,
-                learned_db=decibel(result.train[0], result.train[1]), is_kept=is_better, steps=result.steps)  # fmt: skip
-    return is_better
+    ctx.measure(step.end.name or "", sqnr_before_db=before, sqnr_db=after if result.is_better else before, found_db=after,
+                gained_db=after - before if result.is_better else 0.0, steps=result.steps)  # fmt: skip
+    return result.is_better
+
+
+def split(batches: Sequence[T]) -> tuple[list[T], list[T]]:
+    """What to learn from, and what judges: every fifth batch, or the last of two to four; nothing where there is but one."""
+    held = range(FOLDS - 1, len(batches), FOLDS) if len(batches) >= FOLDS else range(max(1, len(batches) - 1), len(batches))
+    return [batch for index, batch in enumerate(batches) if index not in held], [batches[index] for index in held]

@@ -14,6 +14,8 @@ from pydantic import Field
 from graphq import ir
 from graphq.exclude import require_matches
 from graphq.passes import _reconstruct
+from graphq.passes._learned import Rates
+from graphq.passes._reconstruct import Settings
 from graphq.pipeline import Pass, PassContext, pass_options
 from graphq.targets import Target
 
@@ -61,6 +63,7 @@ class Reconstruct(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         from graphq.passes._learned_torch import Plan
 
-        rates = {"codes": self.rate, "floats": 0.0, "steps": self.step_rate, "biases": self.bias_rate}
-        plan = Plan(self.steps, self.budget_s or math.inf, rates, soft=self.rounding == "gates", drop=self.drop)
-        _reconstruct.run(model, ctx, _reconstruct.Settings(plan, self.batch, self.sums, self.samples or None, self.exclude))
+        plan = Plan(self.steps, self.budget_s or math.inf, self.drop)
+        rates = Rates(self.rate, 0.0, self.step_rate, self.bias_rate)
+        settings = Settings(plan, rates, self.rounding == "gates", self.batch, self.sums, self.samples or None, self.exclude)
+        _reconstruct.run(model, ctx, settings)
