@@ -15,6 +15,7 @@ CATALOG = {
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
     "reconstruct": "graphq.passes.reconstruct:Reconstruct",
+    "sos": "graphq.passes.sos:Sos",
     "higgs": "graphq.passes.higgs:Higgs",
     "rotate": "graphq.passes.rotate:Rotate",
     "wush": "graphq.passes.wush:Wush",

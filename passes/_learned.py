@@ -25,6 +25,13 @@ class Rates:
     steps: float = 0.0
     biases: float = 0.0
 
+    def of(self, one: Learned) -> float:
+        if isinstance(one, Codes):
+            return self.codes
+        if isinstance(one, Floats):
+            return self.weights if one.is_weight else self.biases
+        return self.steps
+
 
 _INSIDE = 0.499
 """How far from a code a weight that it stands for may be, in steps."""

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from graphq.noise import row_weights
 from graphq.passes._learned import Codes, Floats, Learned, Rates, Steps
-from graphq.torch_executor import TorchExecutor
+
+if TYPE_CHECKING:
+    from graphq.torch_executor import TorchExecutor
 
 WARM_UP = 0.2
 """Share of the steps without a penalty on gates."""
@@ -121,10 +124,8 @@ class _StepsLeaf(Leaf):
 
 def leaf_of(one: Learned, rates: Rates, device: torch.device, *, gates: bool = False) -> Leaf:
     if isinstance(one, Codes):
-        return (_GatesLeaf if gates else _CodesLeaf)(one, rates.codes, device)
-    if isinstance(one, Floats):
-        return FloatsLeaf(one, rates.weights if one.is_weight else rates.biases, device)
-    return _StepsLeaf(one, rates.steps, device)
+        return (_GatesLeaf if gates else _CodesLeaf)(one, rates.of(one), device)
+    return (FloatsLeaf if isinstance(one, Floats) else _StepsLeaf)(one, rates.of(one), device)  # type: ignore[arg-type]
 
 
 def _constant(array: np.ndarray, device: torch.device) -> Tensor:

@@ -53,14 +53,18 @@ def layers(model: ir.Model) -> list[ir.Node]:
     return [node for node in found if stored.is_fixed(linear.weight_of(node))]
 
 
-def run(model: ir.Model, ctx: PassContext, settings: Settings) -> None:
-    """Learn block by block; a block whose error on batches that were held out does not fall stays as it is."""
-    twins, known = {node.name or "": node for node in ctx.reference.graph}, ir.values_by_name(ctx.reference.graph)
+def run(model: ir.Model, ctx: PassContext, settings: Settings, floats: ir.Model | None = None) -> None:
+    """Learn block by block; a block whose error on batches that were held out does not fall stays as it is.
+
+    Args:
+        floats: Has the weights that codes stand for, in layers of the same names: the reference by default.
+    """
+    twins, known = {node.name or "": node for node in (floats or ctx.reference).graph}, ir.values_by_name(ctx.reference.graph)
     ends = [value for value in _blocks.ends(model.graph, layers(model), settings.sums) if value.name in known]
     started, kept, total = time.monotonic(), list[bool](), settings.plan.steps * len(ends)
     for index, step in enumerate(ctx.sweep_blocks(ends, settings.batch, settings.samples)):
         nodes = [node for node in step.nodes if not is_excluded(node, settings.exclude)]
-        found = _learned.find(nodes, twins, ctx.skip)
+        found = [one for one in _learned.find(nodes, twins, ctx.skip) if settings.rates.of(one) > 0]
         if not any(isinstance(one, Codes | Floats) for one in found):
             continue
         left = settings.plan.seconds - (time.monotonic() - started)
