@@ -27,7 +27,7 @@ from graphq.recipe import changed_options
 from graphq.targets import Target
 
 if TYPE_CHECKING:
-    from graphq.sweep import SweepStep
+    from graphq.sweep import BlockStep, SweepStep
 
 pass_options = options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 """Decorates a pass: a frozen dataclass whose fields are its recipe options, checked by pydantic."""
@@ -146,6 +146,13 @@ class PassContext:
 
         calib = self.calib if samples is None else self.calib.take(samples)
         return sweep(self.model, self.reference, nodes, calib, memory_budget=self.memory_budget, progress=self.progress)
+
+    def sweep_blocks(self, ends: Sequence[ir.Value], batch: int, samples: int | None = None) -> Iterator[BlockStep]:
+        """Walk both models once and stop before each block of nodes that one of `ends` needs (see `graphq.sweep`)."""
+        from graphq.sweep import sweep_blocks
+
+        calib = self.calib if samples is None else self.calib.take(samples)
+        return sweep_blocks(self.model, self.reference, ends, calib, batch=batch, memory_budget=self.memory_budget)
 
 
 WHOLE = 24 << 20

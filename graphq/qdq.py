@@ -91,8 +91,14 @@ def before_quantizer(value: ir.Value | None) -> ir.Value | None:
         maker = ir.producer(maker.inputs[0])
     if maker is None or maker.op_type != "QuantizeLinear":
         return value
-    clip = ir.producer(maker.inputs[0])
-    return clip.inputs[0] if clip is not None and clip.metadata_props.get(_PART) else maker.inputs[0]
+    clip = clip_before(maker)
+    return maker.inputs[0] if clip is None else clip.inputs[0]
+
+
+def clip_before(node: ir.Node) -> ir.Node | None:
+    """The Clip that a quantizer of graphq's has before the QuantizeLinear `node`, if it has one."""
+    clip = ir.producer(node.inputs[0])
+    return clip if clip is not None and clip.metadata_props.get(_PART) else None
 
 
 def insert_weight(edit: Editor, node: ir.Node, spec: QuantSpec, qparams: QParams | None = None, codes: np.ndarray | None = None, *,

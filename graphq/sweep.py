@@ -1,8 +1,9 @@
-"""The sweep: one walk over the reference and the current model that stops at every node a pass wants to work on.
+"""The sweep: one walk over the reference and the current model that stops at every node, or block of nodes, a pass wants to work on.
 
 Layer-by-layer methods need, for each linear node, the activations that reach it in the current model (everything before it
-already changed) and what it computes in the reference. Either walk keeps the tensors that later nodes still read (the frontier)
-for all calibration samples, so that each node runs once at most, whatever the depth.
+already changed) and what it computes in the reference; block-by-block methods the same of many nodes at once. Either walk keeps
+the tensors that later nodes still read (the frontier) for all calibration samples, so that each node runs once at most, whatever
+the depth.
 """
 
 from __future__ import annotations
@@ -76,15 +77,64 @@ def sweep(model: ir.Model, reference: ir.Model, nodes: Sequence[ir.Node], calib:
     position = {node: index for index, node in enumerate(model.graph)}
     stops = sorted(nodes, key=position.__getitem__)
     with tempfile.TemporaryDirectory(prefix="graphq-sweep-") as folder:
-        store, feeds = Store(Path(folder), memory_budget), dict[str, Batches]()
-        for batch in calib.batches(BATCH):
-            for name, array in batch.items():
-                feeds.setdefault(name, []).append(store.put(array))
+        store = Store(Path(folder), memory_budget)
+        feeds = _feeds(calib, BATCH, store)
         current, float_walk = Walk(model, feeds, store), Walk(reference, feeds, store)
         for index, node in enumerate(stops):
             progress("sweep", index, len(stops))
             x_cur, x_raw = current.advance([node.inputs[0], qdq.before_quantizer(node.inputs[0])], keep=node.inputs[1:])
             yield SweepStep(node, x_cur, x_raw, feeds.get(MASK, []), current, float_walk, namesakes.get(node.name))
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """A stop of `sweep_blocks`, before `nodes` have run in the current model; edit them, then go on.
+
+    Attributes:
+        end: The value that the block is there for.
+        nodes: What has to run for it and has not, each after those that it reads from.
+        x_cur: What these read that others made: arrays, one per batch, by the names of the values.
+        y_ref: What `end` is in the reference, one array per batch.
+    """
+
+    end: ir.Value
+    nodes: tuple[ir.Node, ...]
+    x_cur: Mapping[str, Batches]
+    y_ref: Batches
+
+
+def sweep_blocks(model: ir.Model, reference: ir.Model, ends: Sequence[ir.Value], calib: CalibrationSet, *, batch: int = BATCH,
+                 memory_budget: int = 2 << 30) -> Iterator[BlockStep]:  # fmt: skip
+    """Visit the blocks of `model`'s main graph that end with each of `ends`, in their order; the reference's values by their names.
+
+    Args:
+        batch: Samples in a batch.
+
+    Raises:
+        ModelError: the reference has no value of that name.
+    """
+    namesakes = ir.values_by_name(reference.graph)
+    unknown = [value.name for value in ends if value.name not in namesakes]
+    if unknown:
+        raise ModelError("The reference model has no such value.", where=f"value {unknown[0]!r}")
+    with tempfile.TemporaryDirectory(prefix="graphq-sweep-") as folder:
+        store = Store(Path(folder), memory_budget)
+        feeds = _feeds(calib, batch, store)
+        current, float_walk = Walk(model, feeds, store), Walk(reference, feeds, store)
+        for end in ends:
+            (y_ref,) = float_walk.advance([namesakes[end.name or ""]])
+            nodes, x_cur = current.waiting(end)
+            yield BlockStep(end, tuple(nodes), x_cur, y_ref)
+            current.advance([end])
+
+
+def _feeds(calib: CalibrationSet, size: int, store: Store) -> dict[str, Batches]:
+    """The model's inputs, batch by batch."""
+    feeds = dict[str, Batches]()
+    for batch in calib.batches(size):
+        for name, array in batch.items():
+            feeds.setdefault(name, []).append(store.put(array))
+    return feeds
 
 
 class Store:
@@ -142,6 +192,12 @@ class Walk:
     def peek(self, value: ir.Value) -> Batches:
         """What `value` is now, without counting anything as run."""
         return self._execute(self._due([value]), [value])[value]
+
+    def waiting(self, value: ir.Value) -> tuple[list[ir.Node], dict[str, Batches]]:
+        """The nodes that have to run for `value` and have not, and the live tensors that they read, by name."""
+        nodes = self._due([value])
+        read = dict.fromkeys(one for node in nodes for one in ir.reads(node))
+        return nodes, {one.name or "": self.live[one] for one in read if one in self.live}
 
     def _arrays(self, value: ir.Value) -> Batches:
         """The value for each batch, the same for all if it depends on no input."""

@@ -14,6 +14,8 @@ CATALOG = {
     "bias-correct": "graphq.passes.bias_correct:BiasCorrect",
     "aqer": "graphq.passes.aqer:Aqer",
     "round": "graphq.passes.round:Round",
+    "reconstruct": "graphq.passes.reconstruct:Reconstruct",
+    "sos": "graphq.passes.sos:Sos",
     "higgs": "graphq.passes.higgs:Higgs",
     "rotate": "graphq.passes.rotate:Rotate",
     "wush": "graphq.passes.wush:Wush",
