@@ -138,6 +138,7 @@ def measure(job: tuple[str, str, str], calib: int) -> dict[str, Any]:
             row["seconds"] = found["convert_s"]
         elif text:
             path, data = Path(folder) / "out.onnx", assets.calibration(model, calib)
+            row["samples"] = len(next(iter(data.values())))
             started = time.perf_counter()
             try:
                 graphq.convert(source, path, recipe=parse_recipe(text, "row"), calib=data)
@@ -172,14 +173,14 @@ def earlier(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     with file.open(newline="", encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = [{key: text for key, text in row.items() if text} for row in csv.DictReader(lines)]
     for row in rows:
-        row |= {key: float(row[key]) for key in ("size_mb", "seconds") if key in row}
+        row |= {key: float(row[key]) for key in ("samples", "size_mb", "seconds") if key in row}
     return {(row["model"], row["what"]): row for row in rows}
 
 
 def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace) -> None:
     """The table, as far as it is measured: a run may be stopped."""
-    columns = {"model": "", "what": "", "exact": "", "deployed": "", "size_mb": ".2f", "seconds": ".0f"}
-    titles = {"what": "weights", "size_mb": "file MB", "seconds": "convert s"}
+    columns = {"model": "", "what": "", "exact": "", "deployed": "", "size_mb": ".2f", "samples": ".0f", "seconds": ".0f"}
+    titles = {"what": "weights", "size_mb": "file MB", "samples": "samples", "seconds": "convert s"}
     lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
     cells = [[format(row.get(key, ""), form if key in row else "") for key, form in columns.items()] for row in rows]
     lines += ["| " + " | ".join(line) + " |" for line in cells]
@@ -187,7 +188,7 @@ def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace)
     head = [
         "# Weight-only recipes", "",
         f"`python benchmarks/weights.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
-        f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration samples.",
+        f"onnxruntime {ort.__version__}, {platform.machine()}; `samples`: of calibration data, where a recipe reads any or verifies on it.",
         f"{len(rows)} of {total} rows.{again} `deployed`: ONNX Runtime rounds activations of MatMulNBits to 8 bits;",
         "`exact`: it does not.", "",
     ]  # fmt: skip

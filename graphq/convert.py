@@ -148,7 +148,8 @@ def _emit(ctx: PassContext, request: Request, measured: Measured, result: Report
         with files.pending(request.out) as file:
             built = _write(ctx, file, request, measured)
             size = files.written_bytes(file)
-            ratio = size / result.model.bytes if request.limits_size else None
+            model_bytes = size - (report.embedded_bytes(ctx.model) if request.emit == "onnx" else 0)
+            ratio = round(model_bytes / result.model.bytes, 3) if request.limits_size else None  # names and shapes take some bytes
             said = (*result.notes, *notes.of_engine(built))
             result = replace(result, engine=built, notes=said, gates=measured.gates(request.plan, ratio))
             gates.require_passed(result.gates, request.limits)

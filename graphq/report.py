@@ -334,6 +334,11 @@ def embed(model: ir.Model, report: Report) -> None:
     model.metadata_props[METADATA_KEY] = text
 
 
+def embedded_bytes(model: ir.Model) -> int:
+    """Bytes of the report that `embed` left in a model."""
+    return len(model.metadata_props.get(METADATA_KEY, "").encode())
+
+
 def read_embedded(model: ir.Model, where: str = "") -> Report:
     """The report that `embed` left in a model."""
     text = model.metadata_props.get(METADATA_KEY)

@@ -259,7 +259,7 @@ def test_only_layers_with_quantized_inputs() -> None:
     first = next(node for node in ctx.model.graph if node.name == "one")
     Editor(ctx.model).rewire(first, 0, ctx.model.graph.inputs[0])
     record = apply(ctx, Round())
-    assert set(stored(ctx)) == {"two"} and [reason for _, reason in record.skipped] == ["its input is not quantized"]
+    assert set(stored(ctx)) == {"two"} and [reason for _, reason in record.skipped] == ["its input is not quantized, as layers: quantized asks"]
 
 
 def test_all_layers() -> None:
