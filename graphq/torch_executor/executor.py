@@ -185,6 +185,8 @@ class TorchExecutor:
         return names, plan
 
     def _tensor(self, name: str, tensor: Any) -> Any:
+        if tensor is None:  # an optional value that is not there
+            return None
         if isinstance(tensor, list):  # a sequence
             return [self._tensor(name, one) for one in tensor]
         if not isinstance(tensor, torch.Tensor):

@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from graphq.torch_executor.table import Call, operator
 
-_NEVER = -(2**31)
-"""A class that no label has: nothing is left out."""
-
 
 def _loss(call: Call, scores: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
-    """Of log-probabilities [N, classes, ...]."""
-    left_out = call.get("ignore_index", _NEVER)
-    return functional.nll_loss(scores, labels.to(torch.int64), weight, ignore_index=left_out, reduction=call.get("reduction", "mean"))
+    """Of log-probabilities [N, classes, ...]; labels `ignore_index`, which may be no class, count nothing."""
+    labels, left_out = labels.to(torch.int64), call.get("ignore_index")
+    counted = torch.ones_like(labels, dtype=scores.dtype) if left_out is None else (labels != left_out).to(scores.dtype)
+    labels = labels if left_out is None else torch.where(labels == left_out, 0, labels)
+    if weight is not None:
+        counted = counted * weight[labels]
+    losses = -scores.gather(1, labels.unsqueeze(1)).squeeze(1) * counted
+    how = call.get("reduction", "mean")
+    return losses if how == "none" else losses.sum() if how == "sum" else losses.sum() / counted.sum()
 
 
 @operator("NegativeLogLikelihoodLoss")

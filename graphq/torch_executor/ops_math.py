@@ -32,9 +32,9 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 for _name, _function in _SMOOTH.items():
-    operator(_name)(_plain(_function))
+    operator(_name, since=1)(_plain(_function))
 for _name, _function in _STEPS.items():
-    operator(_name, gradient="none")(_plain(_function))
+    operator(_name, gradient="none", since=1)(_plain(_function))
 
 
 @operator("Round", gradient="none")
@@ -100,7 +100,7 @@ def thresholded_relu(call: Call, x: Tensor) -> Tensor:
     return torch.where(x > call.get("alpha", 1.0), x, torch.zeros_like(x))
 
 
-@operator("Clip")
+@operator("Clip", since=11)
 def clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     return x if low is None and high is None else torch.clamp(x, low, high)
 

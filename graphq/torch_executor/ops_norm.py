@@ -11,7 +11,7 @@ from torch.nn import functional
 from graphq.torch_executor.table import Call, operator
 
 
-@operator("BatchNormalization")
+@operator("BatchNormalization", since=9)
 def batch_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Any:
     epsilon = call.get("epsilon", 1e-5)
     if not call.get("training_mode", 0):

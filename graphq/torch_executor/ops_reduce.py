@@ -125,7 +125,7 @@ def arg_min(call: Call, x: Tensor) -> Tensor:
     return _arg(call, x, False)
 
 
-@operator("TopK", numbers=(1,))
+@operator("TopK", numbers=(1,), since=10)
 def top_k(call: Call, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """In order, whether sorted or not; of equal elements those of lower index first."""
     axis = call.get("axis", -1)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from graphq.torch_executor.table import Call, numbers_of, operator
 
 
-@operator("Resize", numbers=(1, 2, 3))
+@operator("Resize", numbers=(1, 2, 3), since=11)
 def resize(call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
     """Along one axis after the other: each element of the result is a weighted sum of a few of the axis."""
     axes = [axis % x.ndim for axis in call.get("axes") or range(x.ndim)]
@@ -38,7 +38,7 @@ def resize(call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | No
     return x
 
 
-@operator("Upsample", numbers=(1,))
+@operator("Upsample", numbers=(1,), since=9)
 def upsample(call: Call, x: Tensor, scales: Tensor) -> Tensor:
     for axis, factor in enumerate(scales.tolist()):
         target = math.floor(x.shape[axis] * factor)

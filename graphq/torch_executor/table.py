@@ -74,7 +74,7 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def operator(*names: str, numbers: tuple[int, ...] = (), gradient: Gradient = "exact",
-             since: int = 1) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
+             since: int = 7) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
     """Enter a function under `names`."""
 
     def enter(run: Callable[..., Result]) -> Callable[..., Result]:
