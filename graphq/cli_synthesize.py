@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graphq.synthesis import SynthesisFacts
 
 
-STRATEGY_NAMES = ("auto", "tokens", "bn-stats", "vit-attention", "patch-similarity", "logits", "natural")
+STRATEGY_NAMES = ("auto", "tokens", "bn-stats", "vit-attention", "clip", "patch-similarity", "logits", "natural")
 """`graphq.synthesis.STRATEGIES`, known without importing it."""
 
 

@@ -4,8 +4,8 @@ CLIP, https://arxiv.org/abs/2103.00020, in small: an image tower and a text towe
 to each other where a caption describes an image. Digits are those of `digits`, in half the size. A caption names the left and the right one
 in English, German or French, by words or numerals; a token is a character.
 
-The hundred prompts "a photo of a four and a two." make a zero-shot classifier: no caption of the training begins so, and a fifth of the pairs
-is never seen in training.
+The hundred prompts "a photo of a four and a two." make a zero-shot classifier: no caption of the training begins so, and a fifth of the
+pairs is never seen in training.
 
 As a program:
 
@@ -36,7 +36,7 @@ EMBEDDING_SIZE = 64
 PAIRS = 100
 """Classes: the left digit times ten, plus the right one."""
 
-LENGTH = 40
+LENGTH = 42
 """Characters of a caption; shorter ones end in spaces."""
 
 ALPHABET = " .,:0123456789abcdefghijklmnopqrstuvwxyzàäéôüß"
@@ -54,11 +54,11 @@ NAMES = {
     "fr": "zéro un deux trois quatre cinq six sept huit neuf".split(),
 }
 PARTS = {
-    "en": (["", "this is ", "here is ", "a picture: "], ["{} {}", "a {} and a {}", "{} and {}", "a {} next to a {}", "{}, then {}"]),
-    "de": (["", "das ist ", "man sieht ", "ein bild: "], ["{} {}", "eine {} und eine {}", "{} und {}", "eine {} neben einer {}", "{}, dann {}"]),
-    "fr": (["", "voici ", "on voit ", "une image: "], ["{} {}", "un {} et un {}", "{} et {}", "un {} à côté d un {}", "{}, puis {}"]),
+    "en": ("|this is |here is |a picture: ", "{} {}|a {} and a {}|{} and {}|a {} next to a {}|{}, then {}"),
+    "de": ("|das ist |man sieht |bild: ", "{} {}|eine {} und eine {}|{} und {}|eine {} neben einer {}|{}, dann {}"),
+    "fr": ("|voici |on voit |une image: ", "{} {}|un {} et un {}|{} et {}|un {} à côté d un {}|{}, puis {}"),
 }
-"""What a caption may begin with, and how it names the digits; a full stop may follow."""
+"""What a caption may begin with, and how it names the digits, each a choice; a full stop may follow."""
 
 
 def is_trained(pair: int) -> bool:
@@ -70,7 +70,7 @@ def is_trained(pair: int) -> bool:
 def caption(pair: int, random: np.random.RandomState) -> str:
     """A random caption of the training."""
     language = random.choice(sorted(PARTS))
-    starts, forms = PARTS[language]
+    starts, forms = (part.split("|") for part in PARTS[language])
     names = [str(digit) if random.rand() < 0.25 else NAMES[language][digit] for digit in divmod(pair, 10)]
     return random.choice(starts) + random.choice(forms).format(*names) + random.choice(["", "."])
 
@@ -81,7 +81,7 @@ def prompts(template: str = PROMPT) -> list[str]:
 
 
 def encode(texts: Sequence[str]) -> np.ndarray:
-    """Tokens int64 (N, 40); longer texts, and characters outside the alphabet, are an error."""
+    """Tokens int64 (N, 42); longer texts, and characters outside the alphabet, are an error."""
     for text in texts:
         if len(text) > LENGTH or not set(text) <= set(ALPHABET):
             raise ValueError(f"{text!r} is no caption: at most {LENGTH} of the characters {ALPHABET!r}")

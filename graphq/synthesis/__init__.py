@@ -28,6 +28,7 @@ STRATEGIES = {
     "tokens": "tokens:Tokens",
     "bn-stats": "bn_stats:BnStats",
     "vit-attention": "vit_attention:VitAttention",
+    "clip": "clip:Clip",
     "patch-similarity": "patch_similarity:PatchSimilarity",
     "logits": "logits:Logits",
     "natural": "natural:Natural",

@@ -23,8 +23,10 @@ from graphq.arrays import open_npz
 from graphq.errors import DataError, ModelError, UsageError
 from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
 from graphq.synthesis.inputs import ImageInput, image_input
+from graphq.synthesis.losses import total_variation
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
 from graphq.synthesis.views import CHANCES, Box, Perturbation, backgrounds, foregrounds, masks, random_box
+from graphq.torch_executor import TorchExecutor
 
 TEXT_NAME = "text_embedding"
 """Array [texts, size] of the .npz file with embeddings of texts."""
@@ -43,8 +45,8 @@ class Clip(Strategy):
         structure: Whether a crop alone is drawn there, and what lies around all crops is a counterexample.
         perturb: Whether crops are perturbed at random.
         flip: Probability of mirror images among perturbations: 0 where left and right matter, as in writing.
-        smoothness: Weight of the total variation.
-        rate: Step size of Adam.
+        variation: What total variation counts.
+        rate: Step size of Adam, as a share of the range of values.
     """
 
     name = "clip"
@@ -56,7 +58,7 @@ class Clip(Strategy):
     structure: bool = True
     perturb: bool = True
     flip: float = 0.5
-    smoothness: float = 0.1
+    variation: float = 10.0
     rate: float = 0.01
 
     def evidence(self, model: ir.Model) -> str:
@@ -83,27 +85,24 @@ class Clip(Strategy):
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
 
     def prepare(self, task: Task) -> Maker:
-        from graphq.torch_executor import TorchExecutor
-
         texts, image = self.texts(), image_input(ir.inputs(task.model), task.preprocess)
-        device = torch.device(task.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        executor = TorchExecutor(task.model, [task.model.graph.outputs[0].name], device=device)
+        executor = TorchExecutor(task.model, [task.model.graph.outputs[0].name or ""], device=task.device)
+        adam = Adam(self.rate * image.span)
 
         def make(batch: Batch) -> Arrays:
             directions = texts
             if not self.semantic:
                 directions = np.random.default_rng(batch.seed).standard_normal(texts.shape, np.float32)
-            scene = Scene.of(batch, image, self, directions, device)
+            scene = Scene.of(batch, image, self, directions, executor.device)
 
             def loss(images: Tensor, step: int) -> Losses:
                 views = scene.views(images, step)
                 (embeddings,) = executor.run(feed(torch.cat(views), image))
                 parts = embeddings.split([len(view) for view in views])
-                return {"contrast": info_nce(parts[0], scene.texts, scene.labels, *parts[1:]),
-                        "variation": self.smoothness * total_variation(images)}  # fmt: skip
+                variation = self.variation * total_variation(images, image.span)
+                return {"contrast": info_nce(parts[0], scene.texts, scene.labels, *parts[1:]), "variation": variation}
 
-            start = lambda: noise(batch, image.size)  # noqa: E731
-            return optimise(batch, start, image, loss, Adam(self.rate, cosine=False), task.steps, device)
+            return optimise(batch, lambda: noise(batch, image.size, 0), image, loss, adam, task.steps, executor.device)
 
         return make
 
@@ -156,8 +155,3 @@ def info_nce(embeddings: Tensor, texts: Tensor, labels: Tensor, others: Tensor |
     candidates = texts if others is None else torch.cat([texts, others])
     cosines = functional.normalize(embeddings) @ functional.normalize(candidates).T
     return functional.cross_entropy(cosines / TEMPERATURE, labels, reduction="none")
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours, along rows plus along columns: [B] from [B, C, H, W]."""
-    return images.diff(dim=2).abs().mean(dim=(1, 2, 3)) + images.diff(dim=3).abs().mean(dim=(1, 2, 3))

@@ -84,7 +84,7 @@ def foregrounds(images: Tensor, boxes: list[Box] | None, chances: Tensor | None,
 
 
 def _grid(boxes: list[Box], chances: Tensor | None, images: Tensor, kind: Perturbation) -> Tensor:
-    """Where in the images, in [-1, 1], the pixels of the results come from: [B, H, W, 2], never outside of the centres of a crop's pixels."""
+    """Where the results come from, [B, H, W, 2] in [-1, 1] of the images: never outside of the centres of a crop's pixels."""
     height, width = images.shape[2:]
     edges = torch.tensor([[(box.start, box.stop) for box in (columns, rows)] for rows, columns in boxes], dtype=images.dtype)
     sides = torch.tensor([width, height], dtype=images.dtype)[:, None]
@@ -92,7 +92,7 @@ def _grid(boxes: list[Box], chances: Tensor | None, images: Tensor, kind: Pertur
     half, centre = (edges[..., 1] - edges[..., 0]) / 2, edges.mean(dim=-1)
     matrix = torch.eye(2, 3, device=images.device).expand(len(boxes), 2, 3) if chances is None else _motion(chances, width / height, kind)
     grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    pixel = (1 / sides[:, 0]).to(images.device)
+    pixel = ((1 + 2e-4) / sides[:, 0]).to(images.device)  # a little inside, or rounding may reach for a neighbour
     grid = grid * half[:, None, None] + centre[:, None, None]
     return torch.minimum(torch.maximum(grid, (edges[..., 0] + pixel)[:, None, None]), (edges[..., 1] - pixel)[:, None, None])
 

@@ -87,7 +87,7 @@ def test_vit_shows_its_attention() -> None:
 
 
 def test_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(FileNotFoundError, match="digits_cnn, digits_lm, digits_vit"):
+    with pytest.raises(FileNotFoundError, match="digits_clip, digits_clip_text, digits_cnn, digits_lm, digits_vit"):
         onnx_path("digits_mlp")
 
 
