@@ -11,7 +11,6 @@ speed, since most of these widths are simulated on a CPU. Results: <out>/lowbit.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import fnmatch
 import importlib
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+import tables
 
 import graphq
 from graphq.recipe import parse_recipe, recipe_text
@@ -138,7 +138,7 @@ def main() -> None:
     models = dict.fromkeys(row[0] for row in ROWS)
     jobs = [job for model in models for job in [(model, "float32", "", ""), *(row for row in ROWS if row[0] == model)]]
     chosen = [job for job in jobs if fnmatch.fnmatchcase(" ".join(job[:3]), arguments.only)]
-    found = {} if arguments.only == "*" else earlier(arguments.out / "lowbit.csv")
+    found = {} if arguments.only == "*" else tables.earlier(arguments.out / "lowbit.csv", ("model", "bits", "what"))
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for row in pool.map(partial(measure, calib=arguments.calib, extra=arguments.extra), chosen):
             found[row["model"], row["bits"], row["what"]] = row
@@ -146,47 +146,21 @@ def main() -> None:
             write([found[job[:3]] for job in jobs if job[:3] in found], len(jobs), arguments)
 
 
-def earlier(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The rows that an earlier run wrote, by model, bits and ingredients."""
-    if not file.exists():
-        return {}
-    names = ("model", "bits", "what")
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = [{key: text if key in names else float(text) for key, text in row.items() if text} for row in csv.DictReader(lines)]
-    return {(row["model"], row["bits"], row.get("what", "")): row for row in rows}
-
-
 def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace) -> None:
     """The tables, as far as they are measured: a run may be stopped."""
-    columns = ["model", "bits", "what", "dev", *(["extra"] if arguments.extra else []), "sqnr_db", "size", "seconds"]
-    titles = {
-        "what": "ingredients",
-        "dev": "top-1 dev",
-        "extra": "top-1 extra",
-        "sqnr_db": "SQNR dB",
-        "size": "file size",
-        "seconds": "convert s",
-    }
-    digits = {"dev": ".1f", "extra": ".1f", "sqnr_db": ".1f", "size": ".3f", "seconds": ".0f"}
-
-    def cell(row: dict[str, Any], key: str) -> str:
-        return "" if row.get(key) is None else format(row[key], digits.get(key, ""))
-
+    columns = {
+        "model": ("model", ""), "bits": ("bits", ""), "what": ("ingredients", ""), "dev": ("top-1 dev", ".1f"),
+        **({"extra": ("top-1 extra", ".1f")} if arguments.extra else {}),
+        "sqnr_db": ("SQNR dB", ".1f"), "size": ("file size", ".3f"), "seconds": ("convert s", ".0f"),
+    }  # fmt: skip
     again = "" if arguments.only == "*" else f" The rows `{arguments.only}` are of this run, the others of an earlier one."
-    lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row, key) for key in columns) + " |" for row in rows]
     head = [
         "# Low-bit recipes, ingredient by ingredient", "",
         f"`python benchmarks/lowbit.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
         f"onnxruntime {ort.__version__}, {platform.machine()}, {arguments.calib} calibration images.",
-        f"{len(rows)} of {total} rows.{again}", "",
+        f"{len(rows)} of {total} rows.{again}",
     ]  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "lowbit.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
-    with (arguments.out / "lowbit.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, "lowbit", head, rows, columns)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graphq.synthesis.inputs import ImageInput
+from graphq.synthesis.natural import natural
 from graphq.synthesis.strategy import Arrays, Batch
+
+Start = Literal["noise", "natural"]
+"""What images start as: standard normal noise, or the random images of the strategy `natural`."""
 
 
 def noise(batch: Batch, size: tuple[int, int, int], *keys: int) -> np.ndarray:
     """Standard normal numbers, float32 `[B, *size]`, each sample its own."""
     return np.stack([batch.generator(sample, *keys).standard_normal(size, np.float32) for sample in batch.samples])
+
+
+def first_images(start: Start, batch: Batch, image: ImageInput) -> np.ndarray:
+    """Images to begin with, float32 `[B, C, H, W]`, each sample its own."""
+    return natural(batch, image) if start == "natural" else noise(batch, image.size, 0)
 
 
 def feed(images: Tensor, image: ImageInput) -> dict[str, Tensor]:

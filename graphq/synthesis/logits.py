@@ -1,8 +1,8 @@
 """Images for classifiers of which nothing is left but weights: a network whose BatchNormalization was folded before it was exported.
 
 The statistics of its layers cannot be had from folded weights: `W' = W gamma / sigma` and `b' = beta - mu gamma / sigma` mix them. What is
-known is that photographs make confident predictions of some classes, and what photographs look like: images start as clouds with their
-spectrum (`natural`), are drawn to soft labels, and stay smooth.
+known is that photographs make confident predictions of some classes, and what photographs look like: images start as those of `natural`,
+are drawn to soft labels, and stay smooth.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 from graphq import ir
 from graphq.synthesis import labels
 from graphq.synthesis.graph import class_count
-from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
+from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import cross_entropy, total_variation
-from graphq.synthesis.natural import clouds
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
 from graphq.torch_executor import TorchExecutor
 
@@ -27,7 +26,7 @@ class Logits(Strategy):
 
     Attributes:
         soft_labels: Whether logits are drawn to random ones with a large class, instead of to one class alone.
-        clouds: Whether images start as clouds, instead of as noise.
+        start: What images start as, the random images of `natural` or noise.
         variation: What total variation counts.
         rate: Step size of Adam, as a share of the range of values.
     """
@@ -36,7 +35,7 @@ class Logits(Strategy):
     steps = 200
 
     soft_labels: bool = True
-    clouds: bool = True
+    start: Start = "natural"
     variation: float = 50.0
     rate: float = 0.02
 
@@ -61,7 +60,6 @@ class Logits(Strategy):
                 variation = self.variation * total_variation(images, image.span)
                 return {"labels": cross_entropy(found.flatten(1), target), "variation": variation}
 
-            start = (lambda: clouds(batch, image, 0)) if self.clouds else (lambda: noise(batch, image.size, 0))
-            return optimise(batch, start, image, loss, adam, task.steps, executor.device)
+            return optimise(batch, lambda: first_images(self.start, batch, image), image, loss, adam, task.steps, executor.device)
 
         return make

@@ -1,7 +1,9 @@
-"""Random images with the spectrum of photographs: no model is asked and nothing is optimised. What other strategies may start from.
+"""Random images with the statistics of photographs: no model is asked and nothing is optimised. What other strategies may start from.
 
-The amplitude of photographs falls as the inverse of the spatial frequency (Field, J. Opt. Soc. Am. A 4, 2379, 1987), and their channels
-are alike. Such clouds have smooth parts and slopes, as photographs have, and no objects.
+Photographs show objects of all sizes that hide one another. Opaque shapes of random places, colours and sizes, many small ones and few
+large ones, one over the other, have many of their statistics: scale invariance, edges, flat parts, a spectrum that falls as the inverse of
+the frequency ("dead leaves": Lee, Mumford, Huang, IJCV 41, 2001). Networks learn from such images nearly as from photographs (arXiv
+2106.05963). Here leaves are discs and boxes with shading of the same spectrum (Field, J. Opt. Soc. Am. A 4, 2379, 1987).
 """
 
 from __future__ import annotations
@@ -12,45 +14,83 @@ from graphq import ir
 from graphq.synthesis.inputs import ImageInput, image_input
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
 
-MEAN, SPREAD = 0.46, 0.23
-"""Of pixels of photographs, as shares of their range: the means over channels of what ImageNet's preprocessing subtracts and divides by."""
+LEAVES = 600
+"""Of an image; of the areas that they cover, the last ones stay whole."""
 
-COLOUR = 0.35
-"""Standard deviation of what a channel has for itself, over that of what all have in common."""
+SMALLEST, LARGEST = 1 / 56, 1 / 2
+"""Radius of a leaf as a share of the image's shorter side; how many there are falls with its cube."""
+
+COLOUR, SHADE, LIGHT = 0.12, 0.08, 0.08
+"""Standard deviations as shares of the range: what channels of a leaf have for themselves, shading within a leaf, and over the image."""
 
 
 @strategy_options
 class Natural(Strategy):
-    """Clouds: random images with the spectrum of photographs."""
+    """Random images with the statistics of photographs.
+
+    Attributes:
+        leaves: Whether there are objects; without them images are clouds, which have the spectrum alone.
+    """
 
     name = "natural"
     steps = 1
 
+    leaves: bool = True
+
     def evidence(self, model: ir.Model) -> str:
         channels, height, width = image_input(ir.inputs(model)).size
-        return f"images {channels}x{height}x{width}"
+        return f"random images {channels}x{height}x{width}, the model is not asked"
 
     def prepare(self, task: Task) -> Maker:
         image = image_input(ir.inputs(task.model), task.preprocess)
 
         def make(batch: Batch) -> Arrays:
-            return image.arrays(clouds(batch, image))
+            return image.arrays(natural(batch, image, self.leaves))
 
         return make
 
 
-def clouds(batch: Batch, image: ImageInput, *keys: int) -> np.ndarray:
-    """Random images with amplitudes 1 / frequency, float32 `[B, C, H, W]` within the image's range."""
-    return np.stack([_cloud(batch.generator(sample, *keys), image) for sample in batch.samples])
+def natural(batch: Batch, image: ImageInput, leaves: bool = True) -> np.ndarray:
+    """Random images, float32 `[B, C, H, W]` within the image's range."""
+    paint = _leaves if leaves else _clouds
+    shares = np.stack([paint(batch.generator(sample, 0), image.size) for sample in batch.samples])
+    return np.asarray(image.low + (image.high - image.low) * np.clip(shares, 0, 1), np.float32)
 
 
-def _cloud(random: np.random.Generator, image: ImageInput) -> np.ndarray:
-    channels, height, width = image.size
-    common, own = _waves(random, (1, height, width)), _waves(random, image.size)
-    pattern = (common + COLOUR * own * (channels > 1)) / np.sqrt(1 + COLOUR**2 * (channels > 1))
-    brightness, contrast = MEAN + 0.1 * random.standard_normal(), SPREAD * np.exp(0.3 * random.standard_normal())
-    values = image.low + (image.high - image.low) * (brightness + contrast * pattern)
-    return np.asarray(np.clip(values, image.low, image.high), np.float32)
+def _leaves(random: np.random.Generator, size: tuple[int, int, int]) -> np.ndarray:
+    """Shapes over shapes, as shares of the range `[C, H, W]`."""
+    channels, height, width = size
+    side = min(height, width)
+    smallest = max(SMALLEST, 2 / side)  # two pixels
+    shading = np.tile(SHADE * _waves(random, (1, height, width))[0], (2, 2))
+    picture = np.empty(size)
+    for index in range(LEAVES + 1):
+        radius = side / np.sqrt(random.uniform(LARGEST**-2, max(smallest**-2, LARGEST**-2)))
+        if index == 0:
+            radius = 2.0 * (height + width)  # the ground
+        aspect, corner = np.exp(random.uniform(-0.5, 0.5)), random.uniform(0, [height, width])
+        rows, columns = (slice(max(0, int(centre - reach)), int(centre + reach) + 1)
+                         for centre, reach in zip(corner, (radius * aspect, radius / aspect), strict=True))  # fmt: skip
+        y, x = np.ogrid[:height, :width]
+        away = np.abs(y[rows] - corner[0]) / (radius * aspect), np.abs(x[:, columns] - corner[1]) / (radius / aspect)
+        shape = (away[0] ** 2 + away[1] ** 2 if random.random() < 0.5 else np.maximum(*away)) < 1
+        colour = random.uniform() + COLOUR * random.standard_normal((channels, 1, 1)) * (channels > 1)
+        part = picture[:, rows, columns]
+        top, left = random.integers(0, [height, width])
+        leaf = colour + random.uniform(-1, 1) * shading[top : top + part.shape[1], left : left + part.shape[2]]
+        np.copyto(part, leaf, where=shape)
+    return picture + LIGHT * _waves(random, (1, height, width))
+
+
+def _clouds(random: np.random.Generator, size: tuple[int, int, int]) -> np.ndarray:
+    """Noise with the spectrum of photographs, as shares of the range `[C, H, W]`.
+
+    Its mean, standard deviation and what channels have in common are about those of ImageNet's pixels.
+    """
+    channels, height, width = size
+    common, own = _waves(random, (1, height, width)), _waves(random, size)
+    pattern = (common + 0.35 * own * (channels > 1)) / np.sqrt(1 + 0.35**2 * (channels > 1))
+    return np.asarray(0.46 + 0.1 * random.standard_normal() + 0.23 * np.exp(0.3 * random.standard_normal()) * pattern)
 
 
 def _waves(random: np.random.Generator, size: tuple[int, int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import Tensor
 from graphq import ir
 from graphq.synthesis import labels
 from graphq.synthesis.graph import attentions, class_count
-from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
+from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import cross_entropy, similarity_entropy, total_variation
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
@@ -21,6 +21,7 @@ class PatchSimilarity(Strategy):
 
     Attributes:
         entropy: What the entropy of similarities counts, summed over layers.
+        start: What images start as: noise, as in the paper, or the random images of `natural`.
         variation: What total variation counts.
         rate: Step size of Adam, as a share of the range of values.
     """
@@ -29,6 +30,7 @@ class PatchSimilarity(Strategy):
     steps = 500
 
     entropy: float = 1.0
+    start: Start = "noise"
     variation: float = 50.0
     rate: float = 0.05
 
@@ -56,6 +58,6 @@ class PatchSimilarity(Strategy):
                     "variation": self.variation * total_variation(images, image.span),
                 }
 
-            return optimise(batch, lambda: noise(batch, image.size, 0), image, loss, adam, task.steps, executor.device)
+            return optimise(batch, lambda: first_images(self.start, batch, image), image, loss, adam, task.steps, executor.device)
 
         return make

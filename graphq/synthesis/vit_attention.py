@@ -21,7 +21,7 @@ from torch import Tensor
 from graphq import ir
 from graphq.synthesis import labels
 from graphq.synthesis.graph import Attention, attentions, class_count
-from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
+from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import attention_distance, cross_entropy, patch_attention, total_variation
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
@@ -37,6 +37,7 @@ class VitAttention(Strategy):
     Attributes:
         priors, soft_labels, regions: The parts of the method.
         attention: What the distance of attention counts; 1 makes it of the order of the logits' cross-entropy.
+        start: What images start as: noise, as in the paper, or the random images of `natural`.
         variation: What total variation counts.
         rate: Step size of Adam, as a share of the range of values.
     """
@@ -48,6 +49,7 @@ class VitAttention(Strategy):
     soft_labels: bool = True
     regions: bool = True
     attention: float = 1.0
+    start: Start = "noise"
     variation: float = 50.0
     rate: float = 0.05
 
@@ -83,7 +85,7 @@ class VitAttention(Strategy):
                 losses["variation"] = self.variation * total_variation(shown, image.span)
                 return losses
 
-            return optimise(batch, lambda: noise(batch, image.size, 0), image, loss, adam, task.steps, executor.device)
+            return optimise(batch, lambda: first_images(self.start, batch, image), image, loss, adam, task.steps, executor.device)
 
         return make
 

@@ -55,7 +55,7 @@ def normalized(path: Path) -> ir.Model:
         (lambda: ir.load(CNN), "bn-stats", ("8 BatchNormalization", "not tokens: the model does not take tokens")),
         (lambda: normalized(CNN), "bn-stats", ("8 BatchNormalization",)),
         (lambda: ir.load(LM), "tokens", ("the next of 96 tokens",)),
-        (lambda: ir.from_onnx_text(ENHANCER), "natural", ("images 3x16x16", "not logits")),
+        (lambda: ir.from_onnx_text(ENHANCER), "natural", ("random images 3x16x16", "not logits")),
     ],
     ids=["vit", "cnn", "folded cnn", "lm", "enhancer"],
 )  # fmt: skip
@@ -182,11 +182,15 @@ def test_preprocessing_in_the_order_of_the_models_axes() -> None:
     assert made["x"].shape == (3, 16, 16, 3) and (made["x"] >= bounds[0]).all() and (made["x"] <= bounds[1]).all()
 
 
-def test_clouds_have_the_spectrum_of_photographs() -> None:
-    made = synthesize(CNN, "natural", count=32)["input"][:, 0]
+@pytest.mark.parametrize("leaves", [True, False])
+def test_natural_images_have_the_spectrum_of_photographs(leaves: bool) -> None:
+    made = synthesize(CNN, "natural", options={"leaves": leaves}, count=48)["input"][:, 0]
     power = (np.abs(np.fft.fft2(made - made.mean(axis=(1, 2), keepdims=True))) ** 2).mean(axis=0)
-    slope = np.log(power[0, 2] / power[0, 8]) / np.log(2 / 8)
-    assert -2.4 < slope < -1.4  # amplitudes as 1 / frequency: power as its square; what is cut off at the ends flattens it
+    rows, columns = (np.log(along[1:9]) for along in (power[:, 0], power[0]))
+    slopes = [np.polyfit(np.log(np.arange(1, 9)), along, 1)[0] for along in (rows, columns)]
+    assert all(-2.6 < slope < -1.3 for slope in slopes), slopes  # amplitude 1 / frequency: power -2; photographs have -1.6 to -2.4
+    edges = np.abs(np.diff(made, axis=2))
+    assert (np.mean(edges**4) / np.mean(edges**2) ** 2 > 4) == leaves  # steps and flat parts: heavy tails; a Gaussian has 3
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
