@@ -55,7 +55,7 @@ def inputs(seed: int, count: int, *shape: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(rows, -1, 1), np.float32)
 
 
-QUANTIZED = (InsertQdq(activation_bits=4, weights=False, ranges="mse", tables=False, error_samples=0), 
+QUANTIZED = (InsertQdq(activation_bits=4, weights=False, ranges="mse", tables=False, error_samples=0),
              Round(bits=3, algorithm="rtn", scales="min-max", correct_bias=False))  # fmt: skip
 
 
