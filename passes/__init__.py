@@ -31,6 +31,7 @@ CATALOG = {
     "block-float": "graphq.passes.block_float:BlockFloat",
     "lower": "graphq.passes.lower:Lower",
     "nm-prune": "graphq.passes.nm_prune:NmPrune",
+    "spre-finetune": "graphq.passes.spre_finetune:SpreFinetune",
     "channel-repair": "graphq.passes.channel_repair:ChannelRepair",
     "digit-planes": "graphq.passes.digit_planes:DigitPlanes",
     "cast-float": "graphq.passes.cast_float:CastFloat",

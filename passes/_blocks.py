@@ -33,7 +33,7 @@ def ends(graph: ir.Graph, layers: Collection[ir.Node], sums: int = 1) -> list[ir
             origins[out], passed[out] = origin, own
         if not node.domain and node.op_type == "Add" and len(read) == 2:
             one, other = read
-            differs = passed[one] ^ passed[other]
+            differs = passed.get(one, 0) ^ passed.get(other, 0)
             if differs and origins[one] & origins[other]:
                 inside |= differs
                 found.append(node.outputs[0])

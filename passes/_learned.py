@@ -47,7 +47,7 @@ class Codes:
         place: Where the weight that was rounded to each code lay, as far as that is known: float32, within half a step of the code.
         scale, zero: Of each code, float32 arrays that broadcast to its shape.
         low, high: The smallest and the largest code in use.
-        pinned: Where the code stays that of 0: in a weight that is N:M sparse.
+        pinned: Where the code stays that of 0: in a weight that is N:M sparse, by a half at least.
     """
 
     value: ir.Value
@@ -146,7 +146,8 @@ def _codes(node: ir.Node, weight: ir.Value, twin: ir.Node | None) -> Codes | str
     middle = np.zeros_like(steps) if zero is None else np.asarray(ir.constant(zero)).astype(np.float32)
     steps, middle = (_spread(part.astype(np.float32), whole.shape, maker) for part in (steps, middle))
     rows = np.moveaxis(whole - middle, linear.out_axis(node), 0)
-    pinned = (whole == middle) & (sparsity.pattern(rows) is not None)
+    pattern = sparsity.pattern(rows)
+    pinned = (whole == middle) & (pattern is not None and 2 * pattern[0] <= pattern[1])  # with more, few codes have one by chance
     place = whole
     original = None if twin is None else ir.constant(linear.weight_of(twin))
     if original is not None and original.shape == whole.shape:
