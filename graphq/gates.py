@@ -25,7 +25,8 @@ class Gates:
         max_perplexity_ratio: Perplexity of the result over that of the original, on an evaluation set with labels of tokens.
         min_speedup: Latency of the original over latency of the result for one sample, measured on the target.
         min_cosine: Cosine similarity of each output with that of the original model.
-        max_size_ratio: Size of the result, without the report in it, over that of the original file; larger than the input is refused unless this says more.
+        max_size_ratio: Size of the result, without the report in it, over that of the original file; what is larger is refused unless
+            this says more.
     """
 
     min_sqnr_db: float | None = None

@@ -84,7 +84,7 @@ class Rounding:
         if reason := _layer_rows.refusal(model, node, self.exclude):
             return reason
         if self.layers == "quantized" and not qdq.is_quantized(linear.data_of(node)):
-            return "its input is not quantized, as layers: quantized asks"
+            return "its input is float (layers: all takes it)"
         spec = self._stored(node, target)
         return spec if isinstance(spec, str) else _weight_formats.in_groups(node, spec, self.group_size)
 

@@ -259,7 +259,7 @@ def test_only_layers_with_quantized_inputs() -> None:
     first = next(node for node in ctx.model.graph if node.name == "one")
     Editor(ctx.model).rewire(first, 0, ctx.model.graph.inputs[0])
     record = apply(ctx, Round())
-    assert set(stored(ctx)) == {"two"} and [reason for _, reason in record.skipped] == ["its input is not quantized, as layers: quantized asks"]
+    assert set(stored(ctx)) == {"two"} and [reason for _, reason in record.skipped] == ["its input is float (layers: all takes it)"]
 
 
 def test_all_layers() -> None:
@@ -280,7 +280,7 @@ def test_bits_that_a_layer_asks_for() -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "excluded": ("[it] y = MatMul(x, w)", {"exclude": ("i*",)}, "excluded by the recipe"),
-    "not quantized": ("[it] y = MatMul(x, w)", {}, "its input is not quantized"),
+    "not quantized": ("[it] y = MatMul(x, w)", {}, "its input is float"),
     "dynamic": ("t = Transpose(x) [it] y = MatMul(x, t)", {"layers": "all"}, "its weight is not a constant"),
 }
 
