@@ -95,12 +95,14 @@ class BlockStep:
         nodes: What has to run for it and has not, each after those that it reads from.
         x_cur: What these read that others made: arrays, one per batch, by the names of the values.
         y_ref: What `end` is in the reference, one array per batch.
+        mask: The model input `MASK`, one array per batch; none if the model has no such input.
     """
 
     end: ir.Value
     nodes: tuple[ir.Node, ...]
     x_cur: Mapping[str, Batches]
     y_ref: Batches
+    mask: Batches
 
 
 def sweep_blocks(model: ir.Model, reference: ir.Model, ends: Sequence[ir.Value], calib: CalibrationSet, *, batch: int = BATCH,
@@ -124,7 +126,7 @@ def sweep_blocks(model: ir.Model, reference: ir.Model, ends: Sequence[ir.Value],
         for end in ends:
             (y_ref,) = float_walk.advance([namesakes[end.name or ""]])
             nodes, x_cur = current.waiting(end)
-            yield BlockStep(end, tuple(nodes), x_cur, y_ref)
+            yield BlockStep(end, tuple(nodes), x_cur, y_ref, feeds.get(MASK, []))
             current.advance([end])
 
 

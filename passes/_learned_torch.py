@@ -147,12 +147,18 @@ class Batch:
     targets: Sequence[tuple[np.ndarray, np.ndarray]]
 
     @classmethod
-    def of(cls, feeds: Mapping[str, np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
-        """Rows with massive activations count less (see `graphq.noise`). Channels are on axis 1 of images, on the last of all else."""
+    def of(cls, feeds: Mapping[str, np.ndarray], targets: Sequence[np.ndarray], mask: np.ndarray | None = None) -> Batch:
+        """Rows with massive activations count less (see `graphq.noise`), those of tokens that `mask` [B, T] calls padding nothing.
+
+        Channels are on axis 1 of images, on the last of all else.
+        """
         found = []
         for target in targets:
             power = np.mean(np.square(target, dtype=np.float64), axis=1 if target.ndim == 4 else -1, keepdims=True)
-            found.append((target, row_weights(power).astype(np.float32)))
+            weights = row_weights(power)
+            if mask is not None and mask.shape == target.shape[:-1]:
+                weights = weights * (mask[..., None] != 0)
+            found.append((target, weights.astype(np.float32)))
         return cls(feeds, found)
 
     def error(self, made: Sequence[Tensor]) -> Tensor:

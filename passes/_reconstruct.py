@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from graphq import ir, linear, stored
 from graphq.exclude import is_excluded
 from graphq.noise import decibel
@@ -84,7 +86,8 @@ def _block(step: BlockStep, found: Sequence[Learned], settings: Settings, ctx: P
     from graphq.torch_executor import TorchExecutor
 
     feeds = [{name: arrays[index] for name, arrays in step.x_cur.items()} for index in range(len(step.y_ref))]
-    train, held = split([Batch.of(*pair) for pair in zip(feeds, ([target] for target in step.y_ref), strict=True)])
+    masks: list[np.ndarray | None] = [*step.mask] or [None] * len(feeds)
+    train, held = split([Batch.of(feed, [target], mask) for feed, target, mask in zip(feeds, step.y_ref, masks, strict=True)])
     executor = TorchExecutor(ctx.model, [step.end.name or ""], nodes=step.nodes)
     leaves = [leaf_of(one, settings.rates, executor.device, gates=settings.gates) for one in found]
     result = learn(executor, leaves, train, held, settings.plan, progress)

@@ -21,6 +21,7 @@ from graphq.noise import decibel
 from graphq.passes import _blocks, _learned, _reconstruct
 from graphq.passes._learned import Floats, Rates
 from graphq.pipeline import Pass, PassContext, pass_options
+from graphq.sweep import MASK
 from graphq.targets import Target
 
 
@@ -71,7 +72,7 @@ class SpreFinetune(Pass):
         fetches = self._fetches(model, ctx)
         executor, reference = TorchExecutor(model, fetches), Executor(ctx.reference, [Fetch(name) for name in fetches])
         data = ctx.calib.take(self.samples) if self.samples else ctx.calib
-        train, held = _reconstruct.split([Batch.of(batch, reference.run(batch)) for batch in data.batches(self.batch)])
+        train, held = _reconstruct.split([Batch.of(batch, reference.run(batch), batch.get(MASK)) for batch in data.batches(self.batch)])
         leaves = list[Leaf]()
         for one in found:
             spatial = self._spatial(one, ctx) if isinstance(one, Floats) and one.is_weight else None
