@@ -159,7 +159,7 @@ def write(found: dict[tuple[Key, int], dict[str, Any]], arguments: argparse.Name
     head = [
         "# Learning by gradient descent, beside closed forms", "",
         f"`python benchmarks/reconstruction.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, graphq {graphq.__version__},",
-        f"torch {torch.__version__}, onnxruntime {ort.__version__}, {platform.machine()}; rows that it did not measure are of earlier runs.",
+        f"torch {torch.__version__}, onnxruntime {ort.__version__}, {platform.machine()}; other rows are of earlier runs.",
         "Accuracy: top-1 in percent. Recovered: of the accuracy that pruning by magnitude loses. Seconds: of a machine that did more.",
         "",
     ]  # fmt: skip
