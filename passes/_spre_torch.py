@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphq.passes._learned import Floats
 from graphq.passes._learned_torch import Leaf
-from graphq.passes._parallel_math import Kernel, merged
+from graphq.passes._parallel_math import Kernel, Taps, merged
 
 
 class BranchLeaf(Leaf):
@@ -42,5 +42,7 @@ class BranchLeaf(Leaf):
         """The weight of the one convolution that does what both branches do, as `merge-parallel-conv-bn` finds it."""
         with torch.no_grad():
             parts = [(weight.double().cpu().numpy(), gain.double().cpu().numpy()) for weight, gain in self.branches()]
-        none = np.zeros(len(parts[0][0]))
-        return merged([Kernel(weight, none).scaled(gain, none) for weight, gain in parts]).weight.astype(np.float32)
+        none, sizes = np.zeros(len(parts[0][0])), parts[0][0].shape[2:]
+        taps = tuple(Taps.of(size, 1, 0, 0) for size in sizes)  # of both: where they lie does not matter
+        kernels = [Kernel(weight, none, taps, (1,) * len(taps)).scaled(gain, none) for weight, gain in parts]
+        return merged(kernels).weight.astype(np.float32)
