@@ -32,25 +32,54 @@ def _spread(call: Call, operand: Tensor, x: Tensor) -> Tensor:
     return operand.reshape(shape)
 
 
-@operator("QuantizeLinear", gradient="through")
-def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    ratio = x.to(call.dtype) / _spread(call, scale, x)
-    kind = call.made or DataType.UINT8
-    if kind in FLOAT_GRIDS:
-        return round_to(ratio, kind, saturate=bool(call.get("saturate", 1)))
-    low, high = INTEGERS[kind]
+class _Codes(torch.autograd.Function):
+    """`x / scale`, rounded and clipped. One function, so that a byte an element is kept for the gradient, and not three copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+        ratio = x / scale
+        inside = (ratio >= low) & (ratio <= high)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(inside, scale, ratio)
+            return torch.round(ratio).clamp_(low, high)
+        ctx.save_for_backward(inside, scale)
+        return ratio.round_().clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inside, scale, *ratio = ctx.saved_tensors
+        moved = (gradient * inside).div_(scale)
+        by_scale = (moved * ratio[0]).neg_().sum_to_size(scale.shape) if ratio else None
+        return moved if ctx.needs_input_grad[0] else None, by_scale, None, None
+
+
+def _shift(call: Call, zero: Tensor | None, x: Tensor) -> Tensor | int:
+    """A zero point as a number, which is fastest, or in a shape that fits `x`."""
     if zero is None:
-        return round_through(torch.clamp(ratio, low, high))
-    shift = _spread(call, zero, x).to(ratio.dtype)
-    shift = round_through(shift) if shift.requires_grad else shift
-    return round_through(torch.clamp(ratio, low - shift, high - shift)) + shift
+        return 0
+    if zero.numel() == 1 and zero.device.type == "cpu" and not zero.requires_grad:
+        return int(zero)
+    return _spread(call, zero, x).to(device=x.device, dtype=call.dtype)
 
 
-@operator("DequantizeLinear")
+@operator("QuantizeLinear", numbers=(2,), gradient="through", since=10)
+def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    x, scale, kind = x.to(call.dtype), _spread(call, scale, x), call.made or DataType.UINT8
+    if kind in FLOAT_GRIDS:
+        return round_to(x / scale, kind, saturate=bool(call.get("saturate", 1)))
+    (low, high), shift = INTEGERS[kind], _shift(call, zero, x)
+    if isinstance(shift, Tensor) and shift.requires_grad:
+        shift = round_through(shift)
+        codes = round_through(torch.clamp(x / scale, low - shift, high - shift))
+    else:
+        codes = _Codes.apply(x, scale, low - shift, high - shift)
+    return codes if isinstance(shift, int) and shift == 0 else codes + shift
+
+
+@operator("DequantizeLinear", numbers=(2,), since=10)
 def dequantize_linear(call: Call, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    steps = codes.to(call.dtype)
-    if zero is not None:
-        steps = steps - _spread(call, zero, codes).to(call.dtype)
+    steps, shift = codes.to(call.dtype), _shift(call, zero, codes)
+    steps = steps if isinstance(shift, int) and shift == 0 else steps - shift
     return steps * _spread(call, scale, codes)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from graphq.torch_executor.table import Call
 from graphq.torch_executor.tensors import to_torch
 
 HOST_TYPES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
-"""Constants of these types stay on the CPU until a tensor on the device meets them: nearly all are shapes, axes and indices."""
+"""Constants of these types, and single integers of any, stay on the CPU until a tensor on the device meets them: nearly all are shapes,
+axes, indices and zero points."""
 
 
 class Step(NamedTuple):
@@ -58,8 +59,11 @@ class Drop:
     """Lets elements of activations pass their quantizers unchanged, each with `probability`, the same ones for the same seed."""
 
     def __init__(self, device: torch.device, probability: float) -> None:
-        self.probability = probability
-        self._generator = torch.Generator(device).manual_seed(0)
+        self.probability, self._device = probability, device
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self._device).manual_seed(0)
 
     def dequantize(self, run: Callable[..., torch.Tensor], *operands: Any) -> torch.Tensor:
         """What `run`, a DequantizeLinear, makes of its operands but the last, and of that one where it passes."""
@@ -119,7 +123,7 @@ class Program:
 
     def constant(self, slot: int, tensor: Any) -> None:
         """Let `slot` hold `tensor`, one of the graph's; it is read when a run first needs it."""
-        on_host = tensor.dtype in HOST_TYPES
+        on_host = tensor.dtype in HOST_TYPES or (tensor.dtype.is_integer() and tensor.size == 1)
         self.kinds[slot] = tensor.dtype
         self.weights.add(slot)
         if on_host:

@@ -95,6 +95,48 @@ def test_what_graphq_quantizes(passes: str) -> None:
     assert error(found[-1], expected[-1]) < (0.05 if moved else 1e-5)
 
 
+OLD = {
+    "axes as attributes": (13, "[2, 3, 4, 4]", "a = ReduceMean <axes = [1], keepdims = 0> (x) y = ReduceL2 <axes = [-1]> (a)"),
+    "softmax of the rest": (12, "[2, 3, 4]", "y = Softmax <axis: int = 1> (x)"),
+    "squeezed by attribute": (12, "[2, 1, 4]", "a = Squeeze <axes: ints = [1]> (x) y = Unsqueeze <axes: ints = [0, 3]> (a)"),
+    "split by attribute": (12, "[2, 6]", "a, b = Split <axis: int = 1, split: ints = [2, 4]> (x) y = Concat <axis: int = 1> (b, a)"),
+    "split evenly": (13, "[2, 6]", "a, b = Split <axis: int = 1> (x) y = Sub (a, b)"),
+    "group by group": (18, "[2, 4, 3]", "y = GroupNormalization <num_groups: int = 2> (x, two, two)"),
+    "channel by channel": (21, "[2, 4, 3]", "y = GroupNormalization <num_groups: int = 2> (x, four, four)"),
+    "resized by scales": (13, "[1, 2, 3, 5]", "y = Resize <mode: string = \"linear\"> (x, , scales)"),
+    "pooled to the end": (13, "[1, 2, 7, 7]", "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x)"),
+    "averaged to the end": (19, "[1, 2, 6, 6]", "y = AveragePool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x)"),
+    "quantized along an axis": (13, "[2, 4]", "q = QuantizeLinear <axis = 1> (x, four, zeros) y = DequantizeLinear <axis = 1> (q, four, zeros)"),
+}  # fmt: skip
+"""What had another form, or another meaning, in older operator sets: operator set, shape, nodes."""
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_operators_are_those_of_the_models_operator_set(case: str) -> None:
+    opset, shape, body = OLD[case]
+    constants = "float[2] two = {1, 2}, float[4] four = {1, 0.5, 2, 0.1}, float[4] scales = {1, 1, 2, 1.5}, uint8[4] zeros = {0, 7, 128, 9}"
+    head = f'<ir_version: 8, opset_import: ["" : {opset}]>'
+    model = ir.from_onnx_text(f"{head}\nm (float{shape} x) => (float[] y) <{constants}> {{ {body} }}")
+    x = {"x": np.random.default_rng(0).standard_normal([int(one) for one in shape[1:-1].split(",")]).astype(np.float32)}
+    model.graph.outputs[0].shape = None
+    assert error(on_cpu(model).run(x)[0], Executor(model).run(x)[0]) < 1e-6
+
+
+def test_operators_of_a_set_too_old_are_refused() -> None:
+    model = ir.from_onnx_text('<ir_version: 3, opset_import: ["" : 6]>\nm (float[2] x) => (float[2] y) { y = Clip <max: float = 1.0> (x) }')
+    with pytest.raises(ModelError, match="Clip"):
+        on_cpu(model)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_shapes_are_computed_on_the_cpu_whatever_the_device(name: str) -> None:
+    """The device `meta` holds shapes alone: reading a number from it fails, and so does mixing its tensors with those of the CPU."""
+    model = ir.load(ROOT / "models" / f"{name}.onnx")
+    feeds = feeds_of(model)
+    found, expected = TorchExecutor(model, device="meta").run(feeds), on_cpu(model).run(feeds)
+    assert [one.shape for one in found] == [one.shape for one in expected] and {one.device.type for one in found} == {"meta"}
+
+
 def test_half_precision_is_computed_as_asked() -> None:
     model = text("m (float16[2] x) => (float16[2] y) { a = Mul(x, x) y = Div(a, x) }")
     x = np.array([3000, -5000], np.float16)
