@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from tables import earlier
+
 import graphq
 from graphq.models import digits, digits_clip, onnx_path
 from graphq.recipe import parse_recipe
@@ -121,11 +123,8 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of a source; other rows of an earlier run stay in the tables")
     arguments = parser.parse_args()
     file = arguments.out / "clip.csv"
-    rows: list[dict[str, Any]] = []
-    if arguments.only != "*" and file.exists():
-        with file.open(newline="", encoding="utf-8") as lines:
-            found = csv.DictReader(lines)
-            rows = [{key: cell if key in ("source", "recipe") else float(cell) for key, cell in row.items()} for row in found]
+    names = ("source", "seed", "recipe")
+    rows = [] if arguments.only == "*" else [row | {"seed": int(row["seed"])} for row in earlier(file, names).values()]
     chosen = [source for source in SOURCES if fnmatch.fnmatchcase(source, arguments.only)]
     rows = [row for row in rows if row["source"] not in chosen]
     with tempfile.TemporaryDirectory() as folder:
