@@ -1,7 +1,8 @@
 """Small, real, trained networks, one per family that graphq's methods address.
 
-Each model `NAME` is a definition `NAME.py` (torch), a trained `NAME.onnx` beside it, and a row in `train.py`.
-Importing this package, or `digits`, needs numpy only; torch is needed to retrain and for nothing else.
+Each model `NAME` is a definition `NAME.py` (torch), a trained `NAME.onnx` beside it, and a row in `train.py`; the
+language model and the dual encoder have programs of their own, `train_lm.py` and `train_clip.py`. Importing this
+package, or the data of a model, needs numpy only; torch is needed to retrain and for nothing else.
 """
 
 from pathlib import Path

@@ -1,17 +1,15 @@
-"""The data of `digits_clip`, the small dual encoder: images of two handwritten digits side by side, and captions that name them.
+"""The data of `digits_clip`, the small dual encoder: scenes with a handwritten digit somewhere, and captions that say which.
 
 CLIP, https://arxiv.org/abs/2103.00020, in small: an image tower and a text tower (`digits_clip_text`) give embeddings of length 1, close
-to each other where a caption describes an image. Digits are those of `digits`, in half the size. A caption names the left and the right one
-in English, German or French, by words or numerals; a token is a character.
-
-The hundred prompts "a photo of a four and a two." make a zero-shot classifier: no caption of the training begins so, and a fifth of the
-pairs is never seen in training.
+to each other where a caption describes an image. A scene is a digit of `digits`, large or small, over scraps of others in half their ink.
+A caption names it in one of five languages, or by its numeral; a token is a character. The prompts "a photo of a seven." make a zero-shot
+classifier: no caption of the training has that form.
 
 As a program:
 
     python -m graphq.models.digits_clip calib OUT.npz [COUNT]     array `input`, from digits of the train split
-    python -m graphq.models.digits_clip eval OUT.npz              arrays `input` and `labels` 0 to 99, from digits of the test split
-    python -m graphq.models.digits_clip text OUT.npz              array `text_embedding` [100, 64] of the prompts
+    python -m graphq.models.digits_clip eval OUT.npz              arrays `input` and `labels`, from digits of the test split
+    python -m graphq.models.digits_clip text OUT.npz              array `text_embedding` [10, 32] of the prompts
     python -m graphq.models.digits_clip accuracy IMAGE.onnx       zero-shot top-1 of an image tower on the test images, in percent
     python -m graphq.models.digits_clip classifier OUT.onnx       the image tower and the prompts' embeddings, from `input` to `logits`
 """
@@ -32,109 +30,105 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-EMBEDDING_SIZE = 64
-PAIRS = 100
-"""Classes: the left digit times ten, plus the right one."""
-
-LENGTH = 42
+EMBEDDING_SIZE = 32
+LENGTH = 48
 """Characters of a caption; shorter ones end in spaces."""
 
-ALPHABET = " .,:0123456789abcdefghijklmnopqrstuvwxyzàäéôüß"
+ALPHABET = " .:'0123456789abcdefghijklmnopqrstuvwxyzßàäèéíóúü"
 TOKEN_NAME, IMAGE_NAME, TEXT_NAME = "tokens", "image_embedding", "text_embedding"
-PROMPT = "a photo of a {} and a {}."
-SIDE = 16
+PROMPT = "a photo of a {}."
+SIZES = (12, 16, 20, 24)
 """Pixels of a digit, either way."""
 
-EACH = 5
-"""Test images of each pair."""
+SCRAPS, SCRAP_SIZE = 6, 6
+TEST_COUNT = 1000
 
 NAMES = {
     "en": "zero one two three four five six seven eight nine".split(),
     "de": "null eins zwei drei vier fünf sechs sieben acht neun".split(),
     "fr": "zéro un deux trois quatre cinq six sept huit neuf".split(),
+    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve".split(),
+    "it": "zero uno due tre quattro cinque sei sette otto nove".split(),
 }
 PARTS = {
-    "en": ("|this is |here is |a picture: ", "{} {}|a {} and a {}|{} and {}|a {} next to a {}|{}, then {}"),
-    "de": ("|das ist |man sieht |bild: ", "{} {}|eine {} und eine {}|{} und {}|eine {} neben einer {}|{}, dann {}"),
-    "fr": ("|voici |on voit |une image: ", "{} {}|un {} et un {}|{} et {}|un {} à côté d un {}|{}, puis {}"),
+    "en": ("|a picture of |an image of |this is |here is ", "{}|a {}|the digit {}|the number {}|a handwritten {}|the written digit {}"),
+    "de": ("|ein bild: |das hier ist |man sieht ", "{}|eine {}|die ziffer {}|die zahl {}|eine handgeschriebene {}"),
+    "fr": ("|une image: |voici |ceci est ", "{}|un {}|le chiffre {}|le nombre {}|un {} écrit à la main"),
+    "es": ("|una imagen: |esto es |aquí hay ", "{}|un {}|la cifra {}|el número {}|un {} escrito a mano"),
+    "it": ("|un'immagine: |questo è |ecco ", "{}|un {}|la cifra {}|il numero {}|un {} scritto a mano"),
 }
-"""What a caption may begin with, and how it names the digits, each a choice; a full stop may follow."""
+"""What a caption may begin with, and how it names the digit, each a choice; a full stop may follow."""
 
 
-def is_trained(pair: int) -> bool:
-    """Whether images and captions of a pair are part of the training; a fifth of the pairs are not, two of each left digit."""
-    left, right = divmod(pair, 10)
-    return (left * 3 + right) % 5 != 0
-
-
-def caption(pair: int, random: np.random.RandomState) -> str:
-    """A random caption of the training."""
+def caption(digit: int, random: np.random.RandomState) -> str:
+    """A random caption of the training; up to five spaces stand before it, as what counts is what it says, not where."""
     language = random.choice(sorted(PARTS))
-    starts, forms = (part.split("|") for part in PARTS[language])
-    names = [str(digit) if random.rand() < 0.25 else NAMES[language][digit] for digit in divmod(pair, 10)]
-    return random.choice(starts) + random.choice(forms).format(*names) + random.choice(["", "."])
+    start, form = (random.choice(part.split("|")) for part in PARTS[language])
+    name = NAMES[language][digit] if random.rand() < 0.5 else str(digit)
+    return " " * random.randint(6) + start + form.format(name) + random.choice(["", "."])
 
 
-def prompts(template: str = PROMPT) -> list[str]:
-    """The texts of the classifier, one a pair, with English names."""
-    return [template.format(*(NAMES["en"][digit] for digit in divmod(pair, 10))) for pair in range(PAIRS)]
+def prompts() -> list[str]:
+    """The texts of the classifier, one a digit, with English names."""
+    return [PROMPT.format(name) for name in NAMES["en"]]
 
 
 def encode(texts: Sequence[str]) -> np.ndarray:
-    """Tokens int64 (N, 42); longer texts, and characters outside the alphabet, are an error."""
+    """Tokens int64 (N, 48); longer texts, and characters outside the alphabet, are an error."""
     for text in texts:
         if len(text) > LENGTH or not set(text) <= set(ALPHABET):
             raise ValueError(f"{text!r} is no caption: at most {LENGTH} of the characters {ALPHABET!r}")
     return np.array([[ALPHABET.index(character) for character in text.ljust(LENGTH)] for text in texts], np.int64)
 
 
-def images(split: digits.Split, pairs: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """An image float32 (N, 1, 32, 32) in [-1, 1] of each of `pairs` (N,), of random digits of a split, each anywhere in its half."""
-    pixels, rows = _digits(split)
-    found = np.full((len(pairs), 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE), -1, np.float32)
-    for image, pair in zip(found[:, 0], pairs, strict=True):
-        for half, digit in enumerate(divmod(int(pair), 10)):
-            top = random.randint(digits.IMAGE_SIZE - SIDE + 1)
-            image[top : top + SIDE, half * SIDE : (half + 1) * SIDE] = pixels[random.choice(rows[digit])]
-    return found
+def scenes(split: digits.Split, count: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Random scenes float32 (count, 1, 32, 32) in [-1, 1] of the digits of a split, and which digit each shows, int64 (count,)."""
+    labels = digits.images(split)[1]
+    rows = random.randint(len(labels), size=count)
+    found = np.full((count, 1, digits.IMAGE_SIZE, digits.IMAGE_SIZE), -1, np.float32)
+    for image, row in zip(found[:, 0], rows, strict=True):
+        for other in random.randint(len(labels), size=SCRAPS):
+            scrap = _place(random, _digits(split, SIZES[1])[other], (SCRAP_SIZE, SCRAP_SIZE))
+            _place(random, image, scrap.shape)[:] = (scrap - 1) / 2
+        size = random.choice(SIZES)
+        part = _place(random, image, (size, size))
+        np.maximum(part, _digits(split, size)[row], out=part)
+    return found, labels[rows]
 
 
-def test_images() -> tuple[np.ndarray, np.ndarray]:
-    """500 images and their pairs int64 (500,), five of each pair, always the same."""
-    random = np.random.RandomState(digits.SPLIT_SEED)
-    pairs = random.permutation(np.repeat(np.arange(PAIRS), EACH))
-    return images("test", pairs, random), pairs
+def test_scenes() -> tuple[np.ndarray, np.ndarray]:
+    """1000 scenes and their digits int64 (1000,) from the test split, always the same."""
+    return scenes("test", TEST_COUNT, np.random.RandomState(digits.SPLIT_SEED))
 
 
 def calibration(count: int = digits.DEFAULT_CALIBRATION_COUNT, seed: int = 0) -> np.ndarray:
-    """Images of random pairs that are trained, float32 (count, 1, 32, 32)."""
+    """Scenes from the train split, float32 (count, 1, 32, 32)."""
     if count < 1:
         raise ValueError(f"calibration count is {count}, but it takes 1 or more")
-    random = np.random.RandomState(seed)
-    return images("train", random.choice([pair for pair in range(PAIRS) if is_trained(pair)], count), random)
+    return scenes("train", count, np.random.RandomState(seed))[0]
+
+
+def _place(random: np.random.RandomState, image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A random part of an image."""
+    top, left = (random.randint(whole - part + 1) for whole, part in zip(image.shape, size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def text_embeddings(path: Path | None = None) -> np.ndarray:
-    """Embeddings float32 (100, 64) of the prompts by a text tower: the committed one, or that at `path`."""
+    """Embeddings float32 (10, 32) of the prompts by a text tower: the committed one, or that at `path`."""
     (found,) = _session(path or onnx_path("digits_clip_text")).run(None, {TOKEN_NAME: encode(prompts())})
     return np.asarray(found)
 
 
-def accuracy(session: onnxruntime.InferenceSession, texts: np.ndarray, *, unseen: bool = False, batch: int = 64) -> float:
-    """Zero-shot top-1 in percent on the test images, perhaps those of pairs that the training left out alone.
-
-    The pair of an image is that of the prompt, of `texts` (100, 64), that its embedding is closest to.
-    """
-    inputs, labels = test_images()
-    if unseen:
-        chosen = np.array([not is_trained(pair) for pair in labels])
-        inputs, labels = inputs[chosen], labels[chosen]
+def accuracy(session: onnxruntime.InferenceSession, texts: np.ndarray, batch: int = 64) -> float:
+    """Zero-shot top-1 in percent on the test scenes: a scene shows what the prompt closest to it says, of `texts` (10, 32)."""
+    inputs, labels = test_scenes()
     found = [np.asarray(session.run(None, {digits.INPUT_NAME: inputs[start : start + batch]})[0]) for start in range(0, len(inputs), batch)]
     return 100.0 * float(((np.concatenate(found) @ texts.T).argmax(1) == labels).mean())
 
 
 def classifier(tower: onnx.ModelProto, texts: np.ndarray) -> onnx.ModelProto:
-    """An image tower and embeddings (classes, 64) of texts as a model whose output `logits` (batch, classes) are their cosines."""
+    """An image tower and embeddings (classes, 32) of texts as a model whose output `logits` (batch, classes) are their cosines."""
     import onnx
 
     model = onnx.ModelProto()
@@ -149,10 +143,8 @@ def classifier(tower: onnx.ModelProto, texts: np.ndarray) -> onnx.ModelProto:
 
 
 @functools.cache
-def _digits(split: digits.Split) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Pixels float32 (N, 16, 16) in [-1, 1] of all digits of a split, and the rows of each digit."""
-    inputs, labels = digits.images(split, SIDE)
-    return inputs[:, 0], [np.flatnonzero(labels == digit) for digit in range(digits.CLASS_COUNT)]
+def _digits(split: digits.Split, size: int) -> np.ndarray:
+    return digits.images(split, size)[0][:, 0]
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -179,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
     elif options.command == "eval":
-        inputs, labels = test_images()
+        inputs, labels = test_scenes()
         np.savez(options.out, labels=labels, **{digits.INPUT_NAME: inputs})  # type: ignore[arg-type]
     elif options.command == "text":
         np.savez(options.out, **{TEXT_NAME: text_embeddings()})  # type: ignore[arg-type]
@@ -193,9 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def print_accuracy(path: Path, text: Path | None = None) -> None:
     """Print the zero-shot accuracy of an image tower, with a text tower or the committed one."""
-    session, texts = _session(path), text_embeddings(text)
-    found, unseen = (accuracy(session, texts, unseen=part) for part in (False, True))
-    print(f"{path.name}: {found:.1f} % of {PAIRS * EACH} test images zero-shot, {unseen:.1f} % of those of pairs that training left out")
+    print(f"{path.name}: {accuracy(_session(path), text_embeddings(text)):.1f} % of {TEST_COUNT} test scenes, zero-shot")
 
 
 if __name__ == "__main__":

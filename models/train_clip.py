@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import digits_clip
+from . import digits, digits_clip
 from .digits_clip_net import DigitsClip
 from .train import augment, check, export
 
-STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 2000, 64, 2e-3, 0.05
-TWINS = 0.1
-"""Share of the steps, the first ones, that see pairs of equal digits alone: without them, learning takes long to begin."""
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 2500, 32, 1.5e-3, 0.05
+CAPTIONS = 2
+"""Of each digit in a batch."""
+
+PLAIN = 0.15
+"""Share of the steps, the first ones, that see digits alone, as large as the image: in scenes, learning does not find a beginning."""
 
 SEED = 0
 
@@ -27,36 +30,42 @@ def train(steps: int = STEPS) -> DigitsClip:
     torch.set_num_threads(1)  # the order of sums, hence the result, depends on it
     random = np.random.RandomState(SEED)
     model = DigitsClip().train()
-    trained = [pair for pair in range(digits_clip.PAIRS) if digits_clip.is_trained(pair)]
-    twins = [pair for pair in trained if pair % 11 == 0]
+    plain = digits.images("train")
+    texts = np.tile(np.arange(digits.CLASS_COUNT), CAPTIONS)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     total = 0.0
     for step in range(steps):
-        pairs = random.choice(twins if step < steps * TWINS else trained, BATCH)
-        images = augment(torch.from_numpy(digits_clip.images("train", pairs, random)))
-        tokens = torch.from_numpy(digits_clip.encode([digits_clip.caption(pair, random) for pair in pairs]))
-        loss = contrast(model(images, tokens), torch.from_numpy(pairs))
+        if step < steps * PLAIN:
+            rows = random.randint(len(plain[1]), size=BATCH)
+            inputs, labels = plain[0][rows], plain[1][rows]
+        else:
+            inputs, labels = digits_clip.scenes("train", BATCH, random)
+        tokens = digits_clip.encode([digits_clip.caption(digit, random) for digit in texts])
+        logits = model(augment(torch.from_numpy(inputs)), torch.from_numpy(tokens))
+        loss = contrast(logits, torch.from_numpy(labels), torch.from_numpy(texts))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         total += loss.item()
-        if step % 100 == 99:
-            print(f"step {step + 1}/{steps}: loss {total / 100:.4f}", flush=True)
+        if step % 50 == 49:
+            print(f"step {step + 1}/{steps}: loss {total / 50:.4f}", flush=True)
             total = 0.0
     return model.eval()
 
 
-def contrast(logits: Tensor, pairs: Tensor) -> Tensor:
-    """CLIP's symmetric loss of logits (B, B) of images against captions; all captions of an image's pair (B,) are right, equally so.
+def contrast(logits: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    """CLIP's symmetric loss of logits (N, M) of images against captions, given their digits (N,) and (M,).
 
-    UniCL, https://arxiv.org/abs/2204.03610: a few captions in a batch describe several images.
+    All captions of an image's digit are right, equally so (UniCL, https://arxiv.org/abs/2204.03610): with ten digits, many captions of
+    a batch describe many images. A caption without an image has no part in the second direction.
     """
-    same = (pairs[:, None] == pairs).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    same = (images[:, None] == texts).float()
+    used = same.sum(dim=0) > 0
+    to_text, to_image = same / same.sum(dim=1, keepdim=True), same.T[used] / same.T[used].sum(dim=1, keepdim=True)
+    return (functional.cross_entropy(logits, to_text) + functional.cross_entropy(logits.T[used], to_image)) / 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = digits_clip.encode(digits_clip.prompts())
     export(model.image, image, output=digits_clip.IMAGE_NAME)
     export(model.text, text, name=digits_clip.TOKEN_NAME, example=torch.from_numpy(tokens), output=digits_clip.TEXT_NAME)
-    check(model.image, image, digits_clip.test_images()[0])
+    check(model.image, image, digits_clip.test_scenes()[0])
     check(model.text, text, tokens)
     digits_clip.print_accuracy(image, text)
 

@@ -14,7 +14,7 @@ from graphq.convert import convert
 from graphq.models import digits, digits_clip, onnx_path
 
 TOWERS = ["digits_clip", "digits_clip_text"]
-MIN_ACCURACY, MIN_UNSEEN = 85.0, 70.0
+MIN_ACCURACY = 86.0
 MAX_SIZE_BYTES = 2_000_000
 
 
@@ -35,8 +35,8 @@ def test_file_is_legal_small_and_self_contained(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("digits_clip", {"input": ["batch", 1, 32, 32], "image_embedding": ["batch", 64]}),
-    ("digits_clip_text", {"tokens": ["batch", 42], "text_embedding": ["batch", 64]}),
+    ("digits_clip", {"input": ["batch", 1, 32, 32], "image_embedding": ["batch", 32]}),
+    ("digits_clip_text", {"tokens": ["batch", 48], "text_embedding": ["batch", 32]}),
 ])  # fmt: skip
 def test_interface(name: str, expected: dict[str, list]) -> None:
     graph = onnx.load(onnx_path(name)).graph
@@ -45,16 +45,14 @@ def test_interface(name: str, expected: dict[str, list]) -> None:
 
 
 def test_zero_shot_accuracy() -> None:
-    """Of all pairs, and of those that no image and no caption of the training shows; a guess is right once in a hundred."""
+    """The prompts are no captions of the training; texts that say another digit are of no use."""
     texts = digits_clip.text_embeddings()
     assert digits_clip.accuracy(session("digits_clip"), texts) >= MIN_ACCURACY
-    assert digits_clip.accuracy(session("digits_clip"), texts, unseen=True) >= MIN_UNSEEN
-    wrong_order = texts.reshape(10, 10, -1).transpose(1, 0, 2).reshape(100, -1)
-    assert digits_clip.accuracy(session("digits_clip"), wrong_order) < 20  # pairs of equal digits stay right
+    assert digits_clip.accuracy(session("digits_clip"), np.roll(texts, 1, axis=0)) < 10
 
 
 def test_embeddings_have_length_1_whatever_the_batch() -> None:
-    inputs = digits_clip.test_images()[0][:5]
+    inputs = digits_clip.test_scenes()[0][:5]
     (together,) = session("digits_clip").run(None, {"input": inputs})
     apart = np.concatenate([session("digits_clip").run(None, {"input": image[None]})[0] for image in inputs])
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-5)
@@ -63,54 +61,63 @@ def test_embeddings_have_length_1_whatever_the_batch() -> None:
 
 
 def test_classifier_is_judged_as_any_other_model(tmp_path: Path) -> None:
-    """The programs' files go through `convert` with its evaluation data, and the float accuracy is that of the towers."""
+    """The programs' files go through `convert` with its evaluation data; the float accuracy is that of the towers."""
     for command, name in (("classifier", "model.onnx"), ("eval", "eval.npz"), ("calib", "calib.npz")):
         digits_clip.main([command, str(tmp_path / name), *(["32"] if command == "calib" else [])])
     report = convert(tmp_path / "model.onnx", tmp_path / "out.onnx", recipe="int8-weight-only", calib=tmp_path / "calib.npz",
                      evaluate=tmp_path / "eval.npz")  # fmt: skip
     assert report.accuracy is not None
     expected = digits_clip.accuracy(session("digits_clip"), digits_clip.text_embeddings())
-    assert 100 * report.accuracy.reference == pytest.approx(expected, abs=0.21)
+    assert 100 * report.accuracy.reference == pytest.approx(expected, abs=0.11)
     assert report.accuracy.result > report.accuracy.reference - 0.02
 
 
 # ---- the data -------------------------------------------------------------------------------------------------------
 
 
-def test_images_show_a_digit_of_the_split_in_each_half() -> None:
-    inputs, labels = digits_clip.test_images()
-    assert inputs.shape == (500, 1, 32, 32) and inputs.dtype == np.float32 and np.bincount(labels).tolist() == [5] * 100
-    pixels, digit = digits.images("test", digits_clip.SIDE)
-    for image, pair in zip(inputs[:20, 0], labels, strict=False):
-        for half, wanted in ((image[:, :16], pair // 10), (image[:, 16:], pair % 10)):
-            rows = [np.flatnonzero([(half[top : top + 16] == one).all() for one in pixels[:, 0]]) for top in range(17)]
-            assert wanted in digit[np.concatenate(rows)]
+def test_scenes_show_a_digit_of_the_split_over_scraps_of_half_its_ink() -> None:
+    inputs, labels = digits_clip.test_scenes()
+    assert inputs.shape == (1000, 1, 32, 32) and inputs.dtype == np.float32 and inputs.min() == -1 and np.bincount(labels).min() > 70
+    for image, label in zip(inputs[:10, 0], labels, strict=False):
+        seen = image >= 0.25  # scraps end at 0
+        assert any(shows(image, seen, one) for size in digits_clip.SIZES for one in digit_images(label, size))
 
 
-def test_calibration_is_seeded_and_leaves_out_what_training_does() -> None:
-    assert digits_clip.calibration(7).tobytes() == digits_clip.calibration(9)[:7].tobytes()
+def digit_images(label: int, size: int) -> np.ndarray:
+    pixels, labels = digits.images("test", size)
+    return pixels[labels == label, 0]
+
+
+def shows(image: np.ndarray, seen: np.ndarray, one: np.ndarray) -> bool:
+    """Whether the ink that is `seen` is that of the digit `one` at some place."""
+    ink = one >= 0.25
+    if ink.sum() != seen.sum():
+        return False
+    top, left = (np.argwhere(seen).min(0) - np.argwhere(ink).min(0)).tolist()
+    return bool((image[top : top + len(one), left : left + len(one)][ink] == one[ink]).all())
+
+
+def test_calibration_is_seeded() -> None:
+    assert digits_clip.calibration(7).tobytes() == digits_clip.calibration(7).tobytes()
     assert digits_clip.calibration(7).tobytes() != digits_clip.calibration(7, seed=1).tobytes()
-    left_out = np.array([not digits_clip.is_trained(pair) for pair in range(100)]).reshape(10, 10)
-    assert (left_out.sum(0) == 2).all() and (left_out.sum(1) == 2).all()
     with pytest.raises(ValueError, match="calibration count is 0"):
         digits_clip.calibration(0)
 
 
-def test_captions_name_both_digits_in_order_and_never_as_the_prompts_do() -> None:
+def test_captions_name_their_digit_and_never_as_the_prompts_do() -> None:
     random = np.random.RandomState(0)
-    found = [digits_clip.caption(72, random) for _ in range(500)]
-    names = {name for names in digits_clip.NAMES.values() for name in (names[7], names[2], "7", "2")}
-    for text in found:
-        named = [word for word in text.replace(",", " ").rstrip(".").split() if word in names]
-        assert len(named) == 2 and named[0] in {"7", "seven", "sieben", "sept"} and named[1] in {"2", "two", "zwei", "deux"}
-    assert len(set(found)) > 100 and not any("photo" in text for text in found)
-    assert digits_clip.prompts()[72] == "a photo of a seven and a two."
+    found = [digits_clip.caption(7, random) for _ in range(500)]
+    names = {"7", *(names[7] for names in digits_clip.NAMES.values())}
+    assert all(len(names.intersection(text.rstrip(".").split())) == 1 for text in found)
+    assert {name for text in found for name in names.intersection(text.rstrip(".").split())} == names
+    assert len(set(found)) > 300 and not any("photo" in text for text in found)
+    assert digits_clip.prompts()[7] == "a photo of a seven."
 
 
 def test_tokens_are_characters() -> None:
     found = digits_clip.encode(["ab", " z"])
-    assert found.shape == (2, 42) and found.dtype == np.int64
+    assert found.shape == (2, 48) and found.dtype == np.int64
     assert ["".join(digits_clip.ALPHABET[token] for token in row).rstrip() for row in found] == ["ab", " z"]
-    for text in ("é" * 43, "A"):
+    for text in ("e" * 49, "A"):
         with pytest.raises(ValueError, match="is no caption"):
             digits_clip.encode([text])
