@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from graphq.pipeline import PassContext
 from graphq.sweep import BlockStep
 
 if TYPE_CHECKING:
-    from graphq.passes._learned_torch import Plan
+    from graphq.passes._learned_torch import Plan, Result
 
 T = TypeVar("T")
 
@@ -94,10 +95,15 @@ def _block(step: BlockStep, found: Sequence[Learned], settings: Settings, ctx: P
     if result.is_better:
         for leaf in leaves:
             _learned.store(ctx.edit, leaf.one, arrays_of(leaf))
-    before, after = (decibel(1.0, error) for error in result.held)
-    ctx.measure(step.end.name or "", sqnr_before_db=before, sqnr_db=after if result.is_better else before, found_db=after,
-                gained_db=after - before if result.is_better else 0.0, steps=result.steps)  # fmt: skip
+    ctx.measure(step.end.name or "", **numbers(result))
     return result.is_better
+
+
+def numbers(result: Result) -> dict[str, float]:
+    """What the report tells: before, now, what was gained, and what was found, even if it is not kept."""
+    before, after = (decibel(1.0, error) if math.isfinite(error) else -math.inf for error in result.held)
+    now = after if result.is_better else before
+    return {"sqnr_before_db": before, "sqnr_db": now, "gained_db": now - before, "found_db": after, "steps": result.steps}
 
 
 def split(batches: Sequence[T]) -> tuple[list[T], list[T]]:

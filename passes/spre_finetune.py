@@ -17,7 +17,6 @@ from pydantic import Field
 from graphq import ir, linear, sparsity
 from graphq.exclude import is_excluded, require_matches
 from graphq.executor import Executor, Fetch
-from graphq.noise import decibel
 from graphq.passes import _blocks, _learned, _reconstruct
 from graphq.passes._learned import Floats, Rates
 from graphq.pipeline import Pass, PassContext, pass_options
@@ -79,8 +78,7 @@ class SpreFinetune(Pass):
             leaves.append(leaf_of(one, rates, executor.device) if spatial is None else BranchLeaf(one, spatial, self.rate, executor.device))  # type: ignore[arg-type]
         plan = Plan(self.steps, self.budget_s or math.inf, seed=ctx.seed)
         result = learn(executor, leaves, train, held, plan, lambda step: ctx.progress("learn", step, self.steps))
-        numbers = {"sqnr_before_db": decibel(1.0, result.held[0]), "found_db": decibel(1.0, result.held[1]), "steps": result.steps}
-        ctx.measure("the model", branches=sum(isinstance(leaf, BranchLeaf) for leaf in leaves), **numbers)
+        ctx.measure("the model", branches=sum(isinstance(leaf, BranchLeaf) for leaf in leaves), **_reconstruct.numbers(result))
         if not result.is_better:
             ctx.nothing_to_do("its error on samples that were held out did not fall")
             return

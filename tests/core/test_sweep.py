@@ -130,6 +130,33 @@ def test_any_node_can_be_a_stop() -> None:
         np.testing.assert_array_equal(joined(step.y_ref), values(model, step.node.outputs[0]))
 
 
+@pytest.mark.parametrize("budget", [2 << 30, 0])
+def test_blocks_equal_plain_runs(budget: int) -> None:
+    """Each block has what has to run for its end and has not; weights are changed at every stop, which later blocks see."""
+    model = ir.from_onnx_text(BRANCHES)
+    reference, edit, found = ir.clone(model), Editor(model), []
+    ends = [node.outputs[0] for node in named(model, "residual", "right", "last")]
+    for step in sweep.sweep_blocks(model, reference, ends, data(model), batch=8, memory_budget=budget):
+        np.testing.assert_array_equal(joined(step.y_ref), values(reference, step.end))
+        for name, arrays in step.x_cur.items():
+            np.testing.assert_array_equal(joined(arrays), values(model, ir.values_by_name(model.graph)[name]))
+        for node in step.nodes:
+            if node.op_type == "MatMul":
+                edit.set_weight(node, 1, np.asarray(ir.constant(node.inputs[1])) * 1.25 + 0.1)
+        found.append(([node.name for node in step.nodes], sorted(step.x_cur)))
+    assert [(sorted(map(str, nodes)), read) for nodes, read in found] == [
+        (["first", "relu", "residual", "second"], ["x"]), (["right"], ["d"]), (["join", "last", "left", "outer"], ["a", "d", "side"]),
+    ]  # fmt: skip
+
+
+def test_blocks_end_with_values_that_the_reference_has() -> None:
+    model = ir.from_onnx_text(BRANCHES)
+    reference = ir.clone(model)
+    ir.values_by_name(reference.graph)["d"].name = "other"
+    with pytest.raises(ModelError, match="no such value"):
+        next(sweep.sweep_blocks(model, reference, [ir.values_by_name(model.graph)["d"]], data(model)))
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> dict[ir.Model, Counter[str]]:
     """How often each node of each model has run, and under "sessions" how many sessions there were."""
