@@ -4,7 +4,7 @@ Needs torch (extra `torch`), so it is imported only by what asks for it. `execut
 operators that the modules `ops_*` register, and `tensors` which torch types stand for ONNX's.
 
 Why not onnx2torch (1.5.15): of twelve models exported with opset 20 and 21 it converts one, and of the 1,884 models of onnx's backend
-suite it computes 338 right (`benchmarks/torch_executor.py peer`), as its operators are tied to versions of operator sets up to 17 or so; it
+suite it computes 338 right (`benchmarks/torch_executor.py peer`), as nearly all its operators are those of operator sets up to 17; it
 makes modules, so that a weight or an activation cannot be fed, and it needs torchvision.
 """
 

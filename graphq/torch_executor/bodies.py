@@ -34,7 +34,7 @@ def made_type(op_type: str, attributes: Mapping[str, Any], kinds: Sequence[ir.Da
         return ir.DataType(attributes["to"])
     if op_type == "QuantizeLinear":
         narrow = attributes.get("output_dtype", 0)
-        return ir.DataType(narrow) if narrow else kinds[2] if len(kinds) > 2 and kinds[2] is not None else ir.DataType.UINT8
+        return ir.DataType(narrow) if narrow else kinds[2] if len(kinds) > 2 else ir.DataType.UINT8
     if op_type == "CastLike":
         return kinds[1]
     if op_type in ("Identity", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Gather", "Concat", "Expand", "Flatten"):

@@ -60,6 +60,8 @@ class Plan:
                         values[slot] = one
                 for slot in ended:
                     values[slot] = None
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
             raise ModelError(
                 f"torch failed while running the model: {str(error).splitlines()[0][:300] if str(error) else type(error).__name__}",

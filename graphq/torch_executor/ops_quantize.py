@@ -62,9 +62,15 @@ def _shift(call: Call, zero: Tensor | None, x: Tensor) -> Tensor | int:
     return _spread(call, zero, x).to(device=x.device, dtype=call.dtype)
 
 
+def _code_type(zero: Tensor | None) -> DataType:
+    """Of codes, where the graph does not say it: as the zero point."""
+    known = {torch.int8: DataType.INT8, torch.int16: DataType.INT16, torch.int32: DataType.UINT16}
+    return DataType.UINT8 if zero is None else known.get(zero.dtype, DataType.UINT8)
+
+
 @operator("QuantizeLinear", numbers=(2,), gradient="through", since=10)
 def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    x, scale, kind = x.to(call.dtype), _spread(call, scale, x), call.made or DataType.UINT8
+    x, scale, kind = x.to(call.dtype), _spread(call, scale, x), call.made or _code_type(zero)
     if kind in FLOAT_GRIDS:
         return round_to(x / scale, kind, saturate=bool(call.get("saturate", 1)))
     (low, high), shift = INTEGERS[kind], _shift(call, zero, x)

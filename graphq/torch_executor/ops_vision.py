@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from graphq.torch_executor.ops_conv import geometry
 from graphq.torch_executor.table import Call, numbers_of, operator
 
 
@@ -117,3 +119,23 @@ def unique(call: Call, x: Tensor) -> tuple[Tensor, ...]:
         values, first, counts = values.index_select(axis, order), first[order], counts[order]
         inverse = torch.argsort(order)[inverse]
     return (values, first, inverse, counts)[: len(call.wanted)] if len(call.wanted) > 1 else values
+
+
+@operator("DeformConv")
+def deform_conv(call: Call, x: Tensor, weight: Tensor, offset: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Over two axes: each tap of the kernel reads between the elements, `offset` away from its place; outside is 0."""
+    (batch, channels, height, width), (taps_y, taps_x) = x.shape, weight.shape[2:]
+    strides, gaps, before, _ = geometry(call, x.shape[2:], weight.shape[2:])
+    parts, groups, (rows, columns) = call.get("offset_group", 1), call.get("group", 1), offset.shape[2:]
+    moved = offset.reshape(batch * parts, taps_y * taps_x, 2, rows, columns)
+    tap = torch.arange(taps_y * taps_x, device=x.device).reshape(-1, 1, 1)
+    y = tap // taps_x * gaps[0] + torch.arange(rows, device=x.device).reshape(-1, 1) * strides[0] - before[0] + moved[:, :, 0]
+    at = tap % taps_x * gaps[1] + torch.arange(columns, device=x.device) * strides[1] - before[1] + moved[:, :, 1]
+    grid = torch.stack([(2 * at + 1) / width - 1, (2 * y + 1) / height - 1], -1).flatten(1, 2)
+    read = functional.grid_sample(x.reshape(batch * parts, -1, height, width), grid, align_corners=False)
+    read = read.reshape(batch, parts, channels // parts, taps_y * taps_x, rows, columns)
+    if mask is not None:
+        read = read * mask.reshape(batch, parts, 1, taps_y * taps_x, rows, columns)
+    found = torch.matmul(weight.reshape(groups, weight.shape[0] // groups, -1), read.reshape(batch, groups, -1, rows * columns))
+    found = found.reshape(batch, -1, rows, columns)
+    return found if bias is None else found + bias.reshape(-1, 1, 1)

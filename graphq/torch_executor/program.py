@@ -206,7 +206,7 @@ class Program:
         attributes = self._attributes(node, scope)
         programs, captured = self._subprograms(node, scope)
         formals = {name: len(node.attributes[name].value.inputs) for name in programs}
-        made = node.outputs[0].dtype or bodies.made_type(node.op_type, attributes, [self.kinds.get(slot) for slot in inputs])
+        made = bodies.made_type(node.op_type, attributes, [self.kinds.get(slot) for slot in inputs]) or node.outputs[0].dtype
         call = Call(attributes, scope.version, [bool(value.name) for value in node.outputs],
                     [self.kinds.get(slot) for slot in inputs], self.dtype, self.device, made, scope.is_own, programs, formals)  # fmt: skip
         tensors = [slot for index, slot in enumerate(inputs) if index not in entry.numbers and slot >= 0]

@@ -106,7 +106,8 @@ OLD = {
     "resized by scales": (13, "[1, 2, 3, 5]", "y = Resize <mode: string = \"linear\"> (x, , scales)"),
     "pooled to the end": (13, "[1, 2, 7, 7]", "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x)"),
     "averaged to the end": (19, "[1, 2, 6, 6]", "y = AveragePool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x)"),
-    "quantized along an axis": (13, "[2, 4]", "q = QuantizeLinear <axis = 1> (x, four, zeros) y = DequantizeLinear <axis = 1> (q, four, zeros)"),
+    "quantized along an axis":
+        (13, "[2, 4]", "q = QuantizeLinear <axis = 1> (x, four, zeros) y = DequantizeLinear <axis = 1> (q, four, zeros)"),
 }  # fmt: skip
 """What had another form, or another meaning, in older operator sets: operator set, shape, nodes."""
 
