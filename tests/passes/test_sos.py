@@ -68,9 +68,13 @@ def test_it_beats_round_to_nearest_on_data_that_nothing_has_seen(seed: int) -> N
 
 
 def test_the_float_stage_learns_for_quantized_activations() -> None:
-    """Before weights are rounded, a block is closer to the float model than it was."""
-    ctx, _ = context()
-    record = apply(ctx, ACTIVATIONS, Sos(bits=8, steps=40, batch=20, weight_rate=0.01))
+    """Behind activations of 3 bits, a block is closer to the float model than it was before weights are rounded.
+
+    With 4 bits their error is nearly independent of them here, and no other weights are better on other data.
+    """
+    ctx, _ = context(1)
+    coarse = InsertQdq(activation_bits=3, weights=False, ranges="min-max", tables=False, error_samples=0)
+    record = apply(ctx, coarse, Sos(bits=8, steps=40, batch=20, weight_rate=0.01))
     assert any(one.numbers["gained_db"] > 0 for one in record.measurements[:2])
 
 
