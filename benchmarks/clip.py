@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-
 from tables import earlier
 
 import graphq

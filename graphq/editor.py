@@ -206,11 +206,14 @@ class Editor:
         if opset(self.model) < version:
             from onnxscript import version_converter
 
+            known = {node.name: dict(node.meta) for node in all_nodes(self.model)}
             tensors = {name: value.const_value for name, value in self.model.graph.initializers.items()}
             with ir.own_functions_aside(self.model):  # they would be inlined
                 version_converter.convert_version(self.model, version, fallback=True)
             for name, value in self.model.graph.initializers.items():  # a conversion by onnx itself forgets where external data lies
                 value.const_value = tensors.get(name, value.const_value)
+            for node in all_nodes(self.model):  # nor what passes know of nodes
+                node.meta.update(known.get(node.name, {}))
             if opset(self.model) < version:
                 raise ModelError(
                     f"The model could not be raised from opset {opset(self.model)} to {version}.",

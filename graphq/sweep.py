@@ -50,9 +50,9 @@ class SweepStep:
     _twin: ir.Node | None
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the reference has a node of that name."""
-        return self._twin is not None
+    def twin(self) -> ir.Node | None:
+        """The node of that name in the reference, if there is one."""
+        return self._twin
 
     @cached_property
     def y_ref(self) -> Batches:

@@ -12,7 +12,7 @@ from graphq.errors import TargetError
 from graphq.exclude import require_matches
 from graphq.noise import decibel
 from graphq.passes import _aqer_math as aqer
-from graphq.passes import _bias, _layer_rows, _weight_formats
+from graphq.passes import _bias, _layer_rows, _twins, _weight_formats
 from graphq.passes import _round_math as math
 from graphq.passes._layer_rows import Layer
 from graphq.passes._round_math import Rounded
@@ -91,7 +91,8 @@ class Rounding:
     def _round(self, step: SweepStep, spec: QuantSpec, ctx: PassContext) -> None:
         node, layer = step.node, Layer(step.node)
         has_bias = _bias.can_shift(node)
-        train, held = _layer_rows.collect(step, ctx.seed, reference=self.repair == "reference" and step.has_reference)
+        fits_reference = self.repair == "reference" and _twins.makes_the_same(node, step.twin)
+        train, held = _layer_rows.collect(step, ctx.seed, reference=fits_reference)
         weight, shift, numbers = layer.weight(), np.zeros(held.lack.shape), {"bits": float(spec.bits)}
         takes_mean, sums = self.correct_bias and has_bias, train + held
         how = _weight_formats.of_rows(spec)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from graphq import ir
-from graphq.errors import ModelError
+from graphq.errors import ModelError, UsageError
 from graphq.torch_executor.program import Drop, Program, Scope, Step
 from graphq.torch_executor.tensors import to_torch
 
@@ -137,7 +137,7 @@ class TorchExecutor:
 
     def __init__(self, model: ir.Model, fetches: Sequence[str] | None = None, *, nodes: Sequence[ir.Node] | None = None,
                  device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, drop: float = 0.0) -> None:  # fmt: skip
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self._drop = dtype, Drop(self.device, drop)
         self.fetches = [value.name or "" for value in model.graph.outputs] if fetches is None else list(fetches)
         self._program = Program(model, dtype, self.device, self._drop)
@@ -222,3 +222,13 @@ def _in_order(nodes: Sequence[ir.Node], fetches: Sequence[ir.Value]) -> list[ir.
             else:
                 placed[stack.pop()] = None
     return list(placed)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"torch has no device {name!r}.", expected="cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no GPU.", where=f"device {name}", expected="cpu, or a GPU and a build of torch for it")
+    return device

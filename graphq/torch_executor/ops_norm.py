@@ -55,12 +55,20 @@ def group_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> T
     groups, epsilon = call.get("num_groups"), call.get("epsilon", 1e-5)
     if scale.shape[0] != x.shape[1]:
         scale, bias = (one.repeat_interleave(x.shape[1] // groups) for one in (scale, bias))
-    return functional.group_norm(x, groups, scale, bias, epsilon)
+    return _group_norm(x, groups, scale, bias, epsilon)
+
+
+def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Torch refuses groups of one element, which are 0 once their mean is taken out."""
+    if x[0].numel() > groups:
+        return functional.group_norm(x, groups, scale, bias, epsilon)
+    shape = (-1, *[1] * (x.ndim - 2))
+    return (x - x) * scale.reshape(shape) + bias.reshape(shape)
 
 
 @operator("InstanceNormalization")
 def instance_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return functional.group_norm(x, x.shape[1], scale, bias, call.get("epsilon", 1e-5))
+    return _group_norm(x, x.shape[1], scale, bias, call.get("epsilon", 1e-5))
 
 
 @operator("LRN")

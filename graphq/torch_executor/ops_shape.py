@@ -137,9 +137,9 @@ def slice_(call: Call, x: Tensor, starts: Tensor | None = None, ends: Tensor | N
 
 
 def _slice(first: int, last: int, step: int, size: int) -> slice:
-    """ONNX's bounds as Python's: an end below the first element, of a backward slice, takes all."""
-    if step < 0 and last < -size:
-        return slice(first, None, step)
+    """ONNX's bounds as Python's: a backward slice starts at the first element at the least, and takes it if it ends below."""
+    if step < 0:
+        return slice(max(first, -size), None if last < -size else last, step)
     return slice(first, last, step)
 
 
@@ -151,8 +151,6 @@ def expand(call: Call, x: Tensor, sizes: Tensor) -> Tensor:
 @operator("Tile", numbers=(1,))
 def tile(call: Call, x: Tensor, repeats: Tensor) -> Tensor:
     return x.repeat(numbers_of(repeats))
-
-
 
 
 @operator("Pad", numbers=(1, 3))

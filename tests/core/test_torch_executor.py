@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (pip install
 
 from graphq import ir  # noqa: E402
 from graphq.calibration import open_calibration  # noqa: E402
-from graphq.errors import ModelError  # noqa: E402
+from graphq.errors import ModelError, UsageError  # noqa: E402
 from graphq.executor import Executor, Fetch  # noqa: E402
 from graphq.models import digits  # noqa: E402
 from graphq.passes.block_float import BlockFloat  # noqa: E402
@@ -239,6 +239,25 @@ def test_dropped_quantizers_pass_activations_alone() -> None:
     assert runs[0].run({"x": x})[0].unique().tolist() == [0.5]
 
 
+EDGES = {
+    "one element a channel": ("float[2, 3, 1, 1] x", "y = InstanceNormalization(x, s, s)"),
+    "one element a group": ("float[1, 3, 1] x", "y = GroupNormalization <num_groups = 3> (x, s, s)"),
+    "backward from before the start": ("float[4] x", "y = Slice(x, b, e, a, d)"),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_edges_as_onnx_runtime_has_them(case: str) -> None:
+    inputs, body = EDGES[case]
+    constants = "<float[3] s = {1, 2, 3}, int64[1] b = {-100}, int64[1] e = {-200}, int64[1] a = {0}, int64[1] d = {-1}>"
+    model = text(f"m ({inputs}) => (float[] y) {constants} {{ {body} }}")
+    shape = tuple(ir.inputs(model)[0].shape)
+    x = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
+    (made,), (wanted,) = on_cpu(model).run({"x": x}), Executor(model).run({"x": x})
+    np.testing.assert_allclose(made.numpy(), wanted, atol=1e-6)
+    assert made.shape == wanted.shape
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +285,11 @@ def test_unknown_fetches_and_wrong_shapes_are_refused() -> None:
         on_cpu(text(MLP)).run({"x": np.ones((1, 5), np.float32)})
     with pytest.raises(ModelError, match="holds texts"):
         on_cpu(text("m (string[1] x) => (string[1] y) { y = Identity(x) }")).run({"x": np.array(["a"])})
+
+
+@pytest.mark.parametrize(("device", "reason"), [("gpu", "no device 'gpu'"), ("cuda", "finds no GPU")])
+def test_devices_that_are_not_there(device: str, reason: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match=reason):
+        TorchExecutor(text(MLP), device=device)

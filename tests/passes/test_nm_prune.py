@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
-from onnx import numpy_helper, parser
+from onnx import numpy_helper, parser, version_converter
 from pydantic import ValidationError
 
 from graphq import ir, linear, stored
@@ -250,6 +250,13 @@ def test_a_pass_that_undoes_the_pattern_is_refused(one: Pass) -> None:
     with pytest.raises(RecipeError, match="2:4 sparsity of a weight is undone") as caught:
         quantized(model, x, one, NmPrune())
     assert any(f"pass: {one.name}" in note for note in caught.value.__notes__)
+
+
+def test_the_pattern_is_guarded_through_a_newer_opset() -> None:
+    proto, x = model_of("MatMul")
+    proto = version_converter.convert_version(proto, 13)
+    with pytest.raises(RecipeError, match="sparsity of a weight is undone"):
+        quantized(onnx_ir.from_proto(proto), x, Higgs(bits=4), NmPrune())
 
 
 def test_rounding_that_keeps_zeros_still_beats_rounding_to_nearest() -> None:
