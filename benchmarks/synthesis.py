@@ -62,7 +62,7 @@ WAYS: Mapping[str, list[Way]] = {
         *REAL,
     ],
     MOBILENET: [*COMMON, *LOGITS, *REAL],
-    CNN: [*COMMON, ("bn-stats", "bn-stats", {}), ("bn-stats from natural", "bn-stats", {"start": "natural"}), *LOGITS, *REAL],
+    CNN: [*COMMON, ("bn-stats", "bn-stats", {}), ("bn-stats from noise", "bn-stats", {"start": "noise"}), *LOGITS, *REAL],
 }
 RECIPES: list[tuple[str, str, str | None]] = [  # (model, what the table calls it, the recipe as YAML if it is not built in)
     (VIT, "w8a8-vit", None),

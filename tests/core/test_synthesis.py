@@ -158,7 +158,7 @@ def test_parts_of_vit_attention_can_be_left_out(options: dict[str, bool]) -> Non
         assert not np.array_equal(made["input"], synthesize(VIT, "vit-attention", count=2, steps=3)["input"])
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "clip"])  # which needs texts: tests of its own
 def test_the_same_seed_gives_the_same_bytes(name: str) -> None:
     model = {"tokens": LM, "bn-stats": CNN, "logits": CNN, "natural": CNN}.get(name, VIT)
     first, again, other = (synthesize(model, name, count=3, steps=4, seed=seed) for seed in (1, 1, 2))
