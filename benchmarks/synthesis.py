@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import tables
-from lowbit import ASSETS, MOBILENET, RTN, VIT, convolution, transformer
+from lowbit import ASSETS, MOBILENET, VIT, convolution, transformer
 
 import graphq
 from graphq.models import digits, onnx_path
@@ -62,7 +62,7 @@ WAYS: Mapping[str, list[Way]] = {
         *REAL,
     ],
     MOBILENET: [*COMMON, *LOGITS, *REAL],
-    CNN: [*COMMON, ("bn-stats", "bn-stats", {}), ("bn-stats from natural", "bn-stats", {"start": "natural"}), *LOGITS, *REAL],
+    CNN: [*COMMON, ("bn-stats", "bn-stats", {}), ("bn-stats from noise", "bn-stats", {"start": "noise"}), *LOGITS, *REAL],
 }
 RECIPES: list[tuple[str, str, str | None]] = [  # (model, what the table calls it, the recipe as YAML if it is not built in)
     (VIT, "w8a8-vit", None),
@@ -70,7 +70,7 @@ RECIPES: list[tuple[str, str, str | None]] = [  # (model, what the table calls i
     (VIT, "W4A4, rounding to nearest", transformer(4, 4, algorithm="rtn", correct_bias=False)),
     (MOBILENET, "int8", None),
     (MOBILENET, "w4a8", None),
-    (MOBILENET, "W4A8, rounding to nearest, min-max", convolution(**RTN)),
+    (MOBILENET, "W4A8, rounding to nearest, bias correction", convolution(algorithm="rtn")),
     (CNN, "int8", None),
     (CNN, "w4a8", None),
 ]

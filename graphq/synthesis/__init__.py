@@ -35,8 +35,12 @@ STRATEGIES = {
 }
 """Module of this package and class, by name."""
 
-AUTO = ("tokens", "bn-stats", "vit-attention", "logits", "natural")
-"""What `auto` tries, in order: the first that finds what it works on."""
+AUTO = ("tokens", "bn-stats", "natural")
+"""What `auto` tries, in order: the first that finds what it works on.
+
+What draws images to attention or to classes is taken by name only: in the steps that a CPU has time for, it has not done better than the
+random images of `natural`, which take none (benchmarks/synthesis.py).
+"""
 
 COUNT = 64
 """Samples, if nobody says how many."""

@@ -14,13 +14,13 @@ from graphq import ir
 from graphq.synthesis.inputs import ImageInput, image_input
 from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
 
-LEAVES = 600
+LEAVES = 300
 """Of an image; of the areas that they cover, the last ones stay whole."""
 
-SMALLEST, LARGEST = 1 / 56, 1 / 2
+SMALLEST, LARGEST = 1 / 20, 1 / 2
 """Radius of a leaf as a share of the image's shorter side; how many there are falls with its cube."""
 
-COLOUR, SHADE, LIGHT = 0.12, 0.08, 0.08
+COLOUR, SHADE, LIGHT = 0.08, 0.08, 0.08
 """Standard deviations as shares of the range: what channels of a leaf have for themselves, shading within a leaf, and over the image."""
 
 
@@ -54,7 +54,7 @@ def natural(batch: Batch, image: ImageInput, leaves: bool = True) -> np.ndarray:
     """Random images, float32 `[B, C, H, W]` within the image's range."""
     paint = _leaves if leaves else _clouds
     shares = np.stack([paint(batch.generator(sample, 0), image.size) for sample in batch.samples])
-    return np.asarray(image.low + (image.high - image.low) * np.clip(shares, 0, 1), np.float32)
+    return np.asarray(np.clip(image.low + (image.high - image.low) * shares, image.low, image.high), np.float32)
 
 
 def _leaves(random: np.random.Generator, size: tuple[int, int, int]) -> np.ndarray:
