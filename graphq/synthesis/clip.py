@@ -58,8 +58,8 @@ class Clip(Strategy):
     structure: bool = True
     perturb: bool = True
     flip: float = 0.5
-    variation: float = 10.0
-    rate: float = 0.01
+    variation: float = 3.0
+    rate: float = 0.05
 
     def evidence(self, model: ir.Model) -> str:
         texts = self.texts()

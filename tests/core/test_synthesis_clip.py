@@ -148,7 +148,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(text: Path, count: int = 8, steps: int = 60, seed: int = 0, **options: object) -> Synthesized:
-    return synthesize(MODEL, "clip", options={"text": str(text), "flip": 0.0, "rate": 0.05, **options}, count=count, steps=steps, seed=seed,
+    return synthesize(MODEL, "clip", options={"text": str(text), "flip": 0.0, **options}, count=count, steps=steps, seed=seed,
                       preprocess="inception", device="cpu")  # fmt: skip
 
 
