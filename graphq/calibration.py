@@ -74,7 +74,7 @@ class CalibrationSet:
     @property
     def fixed_batch(self) -> int | None:
         """The number of samples that the model takes at once, if it takes no other."""
-        return _fixed_batch(self.inputs)
+        return fixed_batch(self.inputs)
 
     def batches(self, size: int, starts: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
         """For each input an array `[size, ...]` of its dtype; the last may be shorter.
@@ -236,7 +236,7 @@ def random_calibration(inputs: Sequence[ModelInput], count: int, seed: int = 0) 
     """`count` random samples (rounded up to the model's fixed batch), see `graphq.random_inputs`."""
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    columns = random_columns(inputs, count, _fixed_batch(inputs) or 1, seed)
+    columns = random_columns(inputs, count, fixed_batch(inputs) or 1, seed)
     return from_columns(columns, inputs, "random", f"random numbers, seed {seed}")
 
 
@@ -287,5 +287,6 @@ def _named(batch: Any, inputs: Sequence[ModelInput], where: str) -> dict[str, _M
         raise DataError("not an array", where=where, expected="numpy arrays", hint=str(error)) from error
 
 
-def _fixed_batch(inputs: Iterable[ModelInput]) -> int | None:
+def fixed_batch(inputs: Iterable[ModelInput]) -> int | None:
+    """The number of samples that a model with these inputs takes at once, if it takes no other."""
     return next((i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)), None)

@@ -1,6 +1,7 @@
 """Says in one line what to do when graphq is not installed, since every test would fail for that reason; prints counts."""
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section(title)
         for what, count in sorted(counts.items()):
             terminalreporter.write_line(f"{count:5d}  {what}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_of_torch() -> None:
+    """Models are small here; and sums have one order, on any machine and whatever else was tested before."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"

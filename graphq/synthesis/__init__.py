@@ -6,6 +6,7 @@ Images are optimised through the model, so that most strategies need torch (the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 import pydantic
 
 from graphq import ir
+from graphq.calibration import fixed_batch
 from graphq.errors import ModelError, UsageError
 from graphq.names import unknown_name
 from graphq.pipeline import Progress, no_progress
@@ -98,9 +100,9 @@ def synthesize(model: str | Path | ir.Model, strategy: str = "auto", *, options:
         model: The float model; a file, or one in memory. It is not changed.
         strategy: One of `STRATEGIES`, or `auto`: the first of `AUTO` that finds what it works on.
         options: Of the strategy, by name.
-        count: Samples to make.
+        count: Samples to make, rounded up to the model's batch if that is fixed.
         steps: Steps of optimisation for each batch; the strategy's own number without it.
-        batch: Samples that are optimised together; the strategy's own number without it.
+        batch: Samples that are optimised together; the strategy's own number without it, and always the model's if that is fixed.
         seed: Of everything random. The same seed gives the same bytes, on the same machine and versions.
         preprocess: How pixels become inputs (preset, YAML file or value): images keep to values that pixels can have. Without it, and
             where the model does not carry it, they keep to those that standard normal numbers have.
@@ -119,7 +121,9 @@ def synthesize(model: str | Path | ir.Model, strategy: str = "auto", *, options:
     chosen, why = choose(loaded, strategy, options or {})
     declared = declared_preprocess(loaded.metadata_props, preprocess)
     task = Task(loaded, chosen.steps_for(loaded) if steps is None else steps, declared, device)
-    size = chosen.batch if batch is None else batch
+    size, unit = chosen.batch if batch is None else batch, fixed_batch(ir.inputs(loaded))
+    if unit is not None:
+        size, count = unit, math.ceil(count / unit) * unit
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     asked = {"strategy": chosen.name, "options": _changed(chosen), "steps": task.steps, "count": count, "batch": size, "seed": seed,
              "preprocess": declared and declared.to_json()}  # fmt: skip

@@ -11,7 +11,7 @@ from graphq.synthesis.graph import batch_norms
 from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import statistics_distance, total_variation
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, Weight, strategy_options
 from graphq.torch_executor import TorchExecutor
 
 
@@ -30,8 +30,8 @@ class BnStats(Strategy):
     steps = 300
 
     start: Start = "natural"
-    variation: float = 0.0
-    rate: float = 0.02
+    variation: Weight = 0.0
+    rate: Positive = 0.02
 
     def evidence(self, model: ir.Model) -> str:
         image_input(ir.inputs(model))

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,7 +26,7 @@ from graphq.errors import DataError, ModelError, UsageError
 from graphq.synthesis.images import Adam, Losses, feed, noise, optimise
 from graphq.synthesis.inputs import ImageInput, image_input
 from graphq.synthesis.losses import total_variation
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, Weight, strategy_options
 from graphq.synthesis.views import CHANCES, Box, Perturbation, backgrounds, foregrounds, masks, random_box
 from graphq.torch_executor import TorchExecutor
 
@@ -57,15 +59,15 @@ class Clip(Strategy):
     semantic: bool = True
     structure: bool = True
     perturb: bool = True
-    flip: float = 0.5
-    variation: float = 3.0
-    rate: float = 0.05
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    variation: Weight = 3.0
+    rate: Positive = 0.05
 
     def evidence(self, model: ir.Model) -> str:
         texts = self.texts()
         image_input(ir.inputs(model))
         value = model.graph.outputs[0]
-        shape = value.shape
+        shape = ir.shape_of(value)
         if shape is None or len(shape) != 2 or shape[1] not in (texts.shape[1], None):
             raise ModelError("The first output is no embedding of images that fits the texts.", where=f"output {value.name} {shape}",
                              expected=f"[images, {texts.shape[1]}]: the image tower alone, and texts through its text tower")  # fmt: skip
@@ -79,7 +81,7 @@ class Clip(Strategy):
         if not self.text.is_file():
             raise DataError("There is no such file of text embeddings.", where=str(self.text))
         column = open_npz(self.text).get(TEXT_NAME)
-        if column is None or len(column.shape) != 2 or column.dtype.kind != "f" or len(column.shape) and min(column.shape) < 1:
+        if column is None or len(column.shape) != 2 or column.dtype.kind != "f" or min(column.shape) < 1:
             raise DataError("The file holds no text embeddings.", where=str(self.text), expected=f"{TEXT_NAME} [texts, size], floats")
         found = np.asarray(next(column.stream([(0, column.shape[0])])), np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
@@ -97,8 +99,7 @@ class Clip(Strategy):
 
             def loss(images: Tensor, step: int) -> Losses:
                 views = scene.views(images, step)
-                (embeddings,) = executor.run(feed(torch.cat(views), image))
-                parts = embeddings.split([len(view) for view in views])
+                parts = [executor.run(feed(view, image))[0] for view in views]
                 variation = self.variation * total_variation(images, image.span)
                 return {"contrast": info_nce(parts[0], scene.texts, scene.labels, *parts[1:]), "variation": variation}
 

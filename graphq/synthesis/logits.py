@@ -16,7 +16,7 @@ from graphq.synthesis.graph import class_count
 from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import cross_entropy, total_variation
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, Weight, strategy_options
 from graphq.torch_executor import TorchExecutor
 
 
@@ -36,8 +36,8 @@ class Logits(Strategy):
 
     soft_labels: bool = True
     start: Start = "natural"
-    variation: float = 50.0
-    rate: float = 0.02
+    variation: Weight = 50.0
+    rate: Positive = 0.02
 
     def evidence(self, model: ir.Model) -> str:
         channels, height, width = image_input(ir.inputs(model)).size

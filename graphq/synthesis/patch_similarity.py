@@ -11,7 +11,7 @@ from graphq.synthesis.graph import attentions, class_count
 from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import cross_entropy, similarity_entropy, total_variation
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, Weight, strategy_options
 from graphq.torch_executor import TorchExecutor
 
 
@@ -29,10 +29,10 @@ class PatchSimilarity(Strategy):
     name = "patch-similarity"
     steps = 500
 
-    entropy: float = 1.0
+    entropy: Weight = 1.0
     start: Start = "noise"
-    variation: float = 50.0
-    rate: float = 0.05
+    variation: Weight = 50.0
+    rate: Positive = 0.05
 
     def evidence(self, model: ir.Model) -> str:
         layers, classes = attentions(model, *image_input(ir.inputs(model)).size[1:]), class_count(model)

@@ -30,11 +30,23 @@ def fingerprint(model: ir.Model, **asked: Any) -> str:
     digest = hashlib.sha256()
     for node in ir.all_nodes(model):
         names = [value.name if value is not None else None for value in node.inputs]
-        attributes = [] if any(ir.subgraphs(node)) else sorted((name, str(entry.value)) for name, entry in node.attributes.items())
+        attributes = sorted((name, _content(entry.value)) for name, entry in node.attributes.items())
         digest.update(repr((node.op_type, node.domain, names, [out.name for out in node.outputs], attributes)).encode())
     for name, value in sorted(model.graph.initializers.items()):
         digest.update(name.encode() + (value.const_value.tobytes() if value.const_value is not None else b""))
-    return json.dumps({"model": digest.hexdigest(), **asked}, sort_keys=True, default=str)
+    return json.dumps({"model": digest.hexdigest(), **asked}, sort_keys=True, default=_told)
+
+
+def _content(attribute: object) -> str:
+    """Of subgraphs nothing: their nodes count for themselves."""
+    if isinstance(attribute, ir.Graph):
+        return "graph"
+    return hashlib.sha256(attribute.tobytes()).hexdigest() if hasattr(attribute, "tobytes") else str(attribute)
+
+
+def _told(asked: object) -> str:
+    """Files by what is in them."""
+    return hashlib.sha256(asked.read_bytes()).hexdigest() if isinstance(asked, Path) and asked.is_file() else str(asked)
 
 
 class Keeper:

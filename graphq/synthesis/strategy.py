@@ -10,16 +10,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as options
 
 from graphq import ir
 from graphq.preprocess import Preprocess
 
 Arrays = Mapping[str, np.ndarray]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Options: what has to be more than 0, and what a loss counts."""
 
 strategy_options = options(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 """Decorates a strategy: a frozen dataclass whose fields are its options, checked by pydantic."""

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from graphq import ir
 from graphq.arrays import is_float
+from graphq.calibration import fixed_batch
 from graphq.errors import ModelError
 from graphq.executor import Executor, Fetch
 from graphq.preprocess import format_shape
 from graphq.spec import ModelInput
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, strategy_options
 
 PROBE = 6
 """Tokens on which a model shows whether it looks ahead."""
@@ -36,8 +39,8 @@ class Tokens(Strategy):
     name = "tokens"
     steps = 64
 
-    greedy: int = 3
-    temperature: float = 1.0
+    greedy: Annotated[int, Field(ge=0)] = 3
+    temperature: Positive = 1.0
 
     def evidence(self, model: ir.Model) -> str:
         found = _text(model)
@@ -122,9 +125,9 @@ def _text(model: ir.Model) -> Text:
 def _never_looks_ahead(model: ir.Model, text: Text, logits: str) -> bool:
     """Whether predictions stay as they are when later tokens change: those of masked language models do not."""
     executor, length = Executor(model, [Fetch(logits)], prepack=False), text.length or PROBE
-    tokens = np.arange(length)[None] % text.vocabulary
+    tokens = np.arange(length)[None].repeat(fixed_batch(text.inputs) or 1, axis=0) % text.vocabulary
     other = tokens.copy()
-    other[0, length // 2 :] = (other[0, length // 2 :] + 1) % text.vocabulary
+    other[:, length // 2 :] = (other[:, length // 2 :] + 1) % text.vocabulary
     one, two = (executor.run(text.feeds(each.astype(text.tokens.dtype)))[0][0, : length // 2] for each in (tokens, other))
     return bool(np.allclose(one, two, rtol=1e-3, atol=1e-3))
 

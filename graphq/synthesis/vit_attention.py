@@ -27,7 +27,7 @@ from graphq.synthesis.graph import Attention, attentions, class_count
 from graphq.synthesis.images import Adam, Losses, Start, feed, first_images, optimise
 from graphq.synthesis.inputs import image_input
 from graphq.synthesis.losses import attention_distance, cross_entropy, patch_attention, total_variation
-from graphq.synthesis.strategy import Arrays, Batch, Maker, Strategy, Task, strategy_options
+from graphq.synthesis.strategy import Arrays, Batch, Maker, Positive, Strategy, Task, Weight, strategy_options
 from graphq.torch_executor import TorchExecutor
 
 Box = tuple[int, int, int, int]
@@ -51,10 +51,10 @@ class VitAttention(Strategy):
     priors: bool = True
     soft_labels: bool = True
     regions: bool = True
-    attention: float = 1.0
+    attention: Weight = 1.0
     start: Start = "noise"
-    variation: float = 50.0
-    rate: float = 0.05
+    variation: Weight = 50.0
+    rate: Positive = 0.05
 
     def evidence(self, model: ir.Model) -> str:
         layers, classes = _layers(model), class_count(model)

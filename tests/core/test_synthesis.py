@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir
 import pytest
 
 from graphq import ir
@@ -29,11 +31,6 @@ ENHANCER = """<ir_version: 10, opset_import: ["" : 21]>
 enhancer (float[n, 16, 16, 3] x) => (float[n, 16, 16, 3] y) <float[3, 3] w = {1, 0, 0, 0, 1, 0, 0, 0, 1}> { y = MatMul(x, w) }"""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # of models this small; and sums have one order
-
-
 def normalized(path: Path) -> ir.Model:
     """The model after the pass `normalize`, which folds BatchNormalization."""
     from graphq.recipe import pass_class
@@ -43,6 +40,22 @@ def normalized(path: Path) -> ir.Model:
     ctx = PassContext(model=model, reference=model, calib=data, held_out=data, target=get_target("onnxruntime"))
     pass_class("normalize")().apply(model, ctx)
     return model
+
+
+def with_batch(path: Path, size: int) -> ir.Model:
+    """The model as exported for one batch size."""
+    proto = onnx.load(path)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    return onnx_ir.from_proto(proto)
+
+
+@pytest.mark.parametrize(("name", "model"), [*OPTIMISED, ("tokens", LM), ("natural", VIT)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_takes_so_many_samples_at_once_gets_them(name: str, model: Path, size: int) -> None:
+    """Counts are rounded up to whole batches, which are optimised one by one."""
+    made = synthesize(with_batch(model, size), name, count=3, steps=2)
+    assert {len(array) for array in made.values()} == {size * -(-3 // size)} and made.facts.batch == size
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

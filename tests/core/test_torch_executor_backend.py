@@ -35,15 +35,6 @@ MODELS = 3
 """Of each operator: how many have their gradients compared."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are too small for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def cases() -> list[Any]:
     with warnings.catch_warnings():

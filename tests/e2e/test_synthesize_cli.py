@@ -32,8 +32,6 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    torch.set_num_threads(1)
-
     def call(*arguments: object) -> Ended:
         with pytest.raises(SystemExit) as stop:
             cli.main([str(entry) for entry in arguments])
