@@ -1,6 +1,6 @@
 """Measure what learning by gradient descent adds to closed forms, and print one table.
 
-    .venv/bin/python benchmarks/reconstruction.py [--out benchmarks/results] [--only PATTERN] [--seeds 3] [--steps 100] [--batch 8]
+    .venv/bin/python benchmarks/reconstruction.py [--out benchmarks/results] [--only PATTERN] [--seeds 3] [--steps 100] [--batch 16]
     .venv/bin/python benchmarks/reconstruction.py --vit-tiny [--budget 1800] [--calib 256] [--only PATTERN]
 
 digits_vit at 4 and 3 bits of weights and activations: the closed-form recipe, with `reconstruct` behind it, and with `sos` instead of
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of '<model> <format> <method>'; other rows stay as they were")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vit-tiny", action="store_true")
     parser.add_argument("--budget", type=float, default=1800)
