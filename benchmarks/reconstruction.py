@@ -1,6 +1,6 @@
 """Measure what learning by gradient descent adds to closed forms, and print one table.
 
-    .venv/bin/python benchmarks/reconstruction.py [--out benchmarks/results] [--only PATTERN] [--seeds 3] [--steps 100] [--batch 8]
+    .venv/bin/python benchmarks/reconstruction.py [--out benchmarks/results] [--only PATTERN] [--seeds 3] [--steps 100] [--batch 16]
     .venv/bin/python benchmarks/reconstruction.py --vit-tiny [--budget 1800] [--calib 256] [--only PATTERN]
 
 digits_vit at 4 and 3 bits of weights and activations: the closed-form recipe, with `reconstruct` behind it, and with `sos` instead of
@@ -13,7 +13,6 @@ ViT-Tiny instead (500 images, see lowbit.py), learning for so many seconds. Resu
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import fnmatch
 import importlib
@@ -22,10 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import tables
 import torch
 
 import graphq
@@ -35,6 +34,7 @@ from graphq.recipe import parse_recipe
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 TINY = "vit_tiny_patch16_224"
 CALIB = 256
+NAMES = ("model", "format", "method")
 Key = tuple[str, str, str]
 
 
@@ -84,10 +84,10 @@ def rows(arguments: argparse.Namespace) -> dict[Key, str]:
 CLOSED, MAGNITUDE = "closed form", "magnitude"
 
 
-def measure(key: Key, text: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(key: Key, text: str, seed: int, arguments: argparse.Namespace) -> tables.Row:
     """One line of the CSV file."""
     model = key[0]
-    row: dict[str, Any] = {**dict(zip(("model", "format", "method"), key, strict=True)), "seed": seed}
+    row: tables.Row = {**dict(zip(NAMES, key, strict=True)), "seed": str(seed)}
     assets = None
     if model == TINY:
         sys.path.insert(0, str(ASSETS))
@@ -111,46 +111,35 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of '<model> <format> <method>'; other rows stay as they were")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vit-tiny", action="store_true")
     parser.add_argument("--budget", type=float, default=1800)
     parser.add_argument("--calib", type=int, default=CALIB)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    file = arguments.out / "reconstruction.csv"
-    found, mine = earlier(file), rows(arguments)
+    found = tables.earlier(arguments.out / "reconstruction.csv", [*NAMES, "seed"])
+    mine = rows(arguments)
     for seed in range(1 if arguments.vit_tiny else arguments.seeds):
         for key, text in mine.items():
             if fnmatch.fnmatchcase(" ".join(key), arguments.only) and (text or not seed):
-                found[key, seed] = measure(key, text, seed, arguments)
-                print(found[key, seed], flush=True)
+                found[*key, str(seed)] = measure(key, text, seed, arguments)
+                print(found[*key, str(seed)], flush=True)
                 write(found, arguments)
 
 
-def earlier(file: Path) -> dict[tuple[Key, int], dict[str, Any]]:
-    """What an earlier run wrote; lines that are measured again are replaced."""
-    found: dict[tuple[Key, int], dict[str, Any]] = {}
-    if file.exists():
-        with file.open(newline="", encoding="utf-8") as lines:
-            for line in csv.DictReader(lines):
-                row: dict[str, Any] = {key: float(line[key]) for key in ("sqnr_db", "seconds", "accuracy") if line[key]}
-                row |= {key: line[key] for key in ("model", "format", "method")} | {"seed": int(line["seed"])}
-                found[(line["model"], line["format"], line["method"]), row["seed"]] = row
-    return found
-
-
-def write(found: dict[tuple[Key, int], dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Both files, as far as it is measured: a run may be stopped."""
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def write(found: dict[tuple[str, ...], tables.Row], arguments: argparse.Namespace) -> None:
+    """A line of CSV for each seed, and a table of means, as far as it is measured: a run may be stopped."""
+    columns = {key: (key, "") for key in (*NAMES, "seed", "accuracy", "sqnr_db", "seconds")}
+    tables.write(arguments.out, "reconstruction", [], list(found.values()), columns)
     lines = ["| model | format | method | seeds | accuracy | least, most | SQNR dB | recovered | convert s |", "|" + "---|" * 9]
-    order = {key: index for index, key in enumerate(dict.fromkeys(key for key, _ in found))}
+    order = {key: index for index, key in enumerate(dict.fromkeys(key[:3] for key in found))}
     for key in sorted(order, key=lambda key: (key[0], order[key])):
-        mine = [row for (one, _), row in found.items() if one == key]
+        mine = [row for one, row in found.items() if one[:3] == key]
         accuracy = [row["accuracy"] for row in mine]
         means = {name: np.mean([row[name] for row in mine]) for name in ("sqnr_db", "seconds") if all(name in row for row in mine)}
-        floats = found.get(((key[0], "float32", ""), 0))
-        worst = [row["accuracy"] for (one, _), row in found.items() if one == (key[0], key[1], MAGNITUDE)]
+        floats = found.get((key[0], "float32", "", "0"))
+        worst = [row["accuracy"] for one, row in found.items() if one[:3] == (key[0], key[1], MAGNITUDE)]
         recovered = ""
         if worst and floats and key[2] != MAGNITUDE and floats["accuracy"] > np.mean(worst):
             recovered = f"{(np.mean(accuracy) - np.mean(worst)) / (floats['accuracy'] - np.mean(worst)):.0%}"
@@ -166,10 +155,6 @@ def write(found: dict[tuple[Key, int], dict[str, Any]], arguments: argparse.Name
         "",
     ]  # fmt: skip
     (arguments.out / "reconstruction.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
-    with (arguments.out / "reconstruction.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "format", "method", "seed", "accuracy", "sqnr_db", "seconds"])
-        writer.writeheader()
-        writer.writerows(found.values())
 
 
 if __name__ == "__main__":

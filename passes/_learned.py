@@ -16,6 +16,10 @@ from graphq.passes import _bias
 
 Skip = Callable[[ir.Node, str], None]
 
+_INSIDE = 0.499
+"""How far from a code a weight that it stands for may be, in steps."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """How far a step of Adam moves what is learned: codes in codes, all else as a share of it; 0 keeps it as it is."""
@@ -31,10 +35,6 @@ class Rates:
         if isinstance(one, Floats):
             return self.weights if one.is_weight else self.biases
         return self.steps
-
-
-_INSIDE = 0.499
-"""How far from a code a weight that it stands for may be, in steps."""
 
 
 @dataclass(frozen=True)

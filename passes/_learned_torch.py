@@ -245,7 +245,7 @@ def _descend(executor: TorchExecutor, leaves: Sequence[Leaf], train: Sequence[Ba
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        progress(step)
+        progress(int(passed * plan.steps))
     return plan.steps
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from graphq import ir, linear, stored
+from graphq.errors import ModelError
 from graphq.exclude import is_excluded
 from graphq.noise import decibel
 from graphq.passes import _blocks, _learned
@@ -89,7 +90,11 @@ def _block(step: BlockStep, found: Sequence[Learned], settings: Settings, ctx: P
     feeds = [{name: arrays[index] for name, arrays in step.x_cur.items()} for index in range(len(step.y_ref))]
     masks: list[np.ndarray | None] = [*step.mask] or [None] * len(feeds)
     train, held = split([Batch.of(feed, [target], mask) for feed, target, mask in zip(feeds, step.y_ref, masks, strict=True)])
-    executor = TorchExecutor(ctx.model, [step.end.name or ""], nodes=step.nodes)
+    try:
+        executor = TorchExecutor(ctx.model, [step.end.name or ""], nodes=step.nodes)
+    except ModelError as error:
+        ctx.skip(step.nodes[-1], f"its block stays as it is: {error.what} ({error.where})")
+        return False
     leaves = [leaf_of(one, settings.rates, executor.device, gates=settings.gates) for one in found]
     result = learn(executor, leaves, train, held, settings.plan, progress)
     if result.is_better:

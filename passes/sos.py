@@ -58,7 +58,7 @@ class Sos(Pass):
     budget_s: Annotated[float, Field(gt=0)] | None = None
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_rate: Annotated[float, Field(ge=0)] = 0.002
-    rate: Annotated[float, Field(ge=0)] = 0.03
+    rate: Annotated[float, Field(ge=0)] = 0.01
     step_rate: Annotated[float, Field(ge=0)] = 0.001
     bias_rate: Annotated[float, Field(ge=0)] = 0.001
     sums: Annotated[int, Field(ge=1)] = 1

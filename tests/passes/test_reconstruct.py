@@ -164,6 +164,17 @@ def test_nothing_to_learn_is_an_error() -> None:
         apply(ctx, Reconstruct())
 
 
+def test_a_block_that_torch_cannot_run_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is skipped with the operator that is missing; the others are learned."""
+    from graphq.torch_executor import OPERATORS
+
+    ctx, _ = quantized()
+    monkeypatch.delitem(OPERATORS, "Gemm")  # of the second block
+    record = apply(ctx, Reconstruct(steps=20))
+    assert [one.where for one in record.measurements] == ["s"]
+    assert any("its block stays as it is" in reason and "Gemm" in reason for _, reason in record.skipped)
+
+
 def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "torch" or name.startswith("graphq.torch_executor")]:
         monkeypatch.delitem(sys.modules, name)
