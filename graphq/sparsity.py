@@ -21,6 +21,9 @@ from graphq.executor import decode
 GROUPS = (4, 8, 16, 32)
 """Values of M that are looked for."""
 
+MARK = "graphq.nm"
+"""Key in the `meta` of nodes whose weights were pruned: (N, M)."""
+
 _FILLED = 0.75
 """Share of N that a pattern with M above 4, which no hardware asks for, has to use: wide groups of any sparse weight keep one."""
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from graphq import ir, linear, qdq, sparsity, stored
 from graphq.editor import Editor
-from graphq.passes import _bias
+from graphq.passes import _bias, _twins
 
 Skip = Callable[[ir.Node, str], None]
 
 _INSIDE = 0.499
 """How far from a code a weight that it stands for may be, in steps."""
+
+_CODES = {ir.DataType[name] for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")}
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ class Codes:
     Attributes:
         value: The codes.
         decoded: The name of what the DequantizeLinear makes.
-        place: Where the weight that was rounded to each code lay, as far as that is known: float32, within half a step of the code.
+        place: Where the weight that was rounded to each code lay, float32, within half a step of the code; on it where that is not known,
+            as of codes that make up for the errors of others.
         scale, zero: Of each code, float32 arrays that broadcast to its shape.
         low, high: The smallest and the largest code in use.
-        pinned: Where the code stays that of 0: in a weight that is N:M sparse, by a half at least.
+        pinned: Where the code stays that of 0: in a weight that was pruned, or is N:M sparse, by a half at least.
     """
 
     value: ir.Value
@@ -140,18 +143,20 @@ def _codes(node: ir.Node, weight: ir.Value, twin: ir.Node | None) -> Codes | str
         return "its weight is no integers of its own with one DequantizeLinear"
     value, scale, zero = (*maker.inputs, None)[:3]
     codes, steps = ir.constant(value), ir.constant(scale)
-    if value is None or codes is None or steps is None or value.dtype is None or value.dtype.is_floating_point():
+    if value is None or value.dtype is None or codes is None or steps is None or value.dtype not in _CODES:
         return "its weight is no integers of its own with one DequantizeLinear"
     whole = codes.astype(np.float32)
     middle = np.zeros_like(steps) if zero is None else np.asarray(ir.constant(zero)).astype(np.float32)
     steps, middle = (_spread(part.astype(np.float32), whole.shape, maker) for part in (steps, middle))
     rows = np.moveaxis(whole - middle, linear.out_axis(node), 0)
     pattern = sparsity.pattern(rows)
-    pinned = (whole == middle) & (pattern is not None and 2 * pattern[0] <= pattern[1])  # with more, few codes have one by chance
-    place = whole
-    original = None if twin is None else ir.constant(linear.weight_of(twin))
+    is_even = pattern is not None and 2 * pattern[0] <= pattern[1]  # denser patterns are there by chance in few codes
+    is_sparse = is_even or sparsity.MARK in node.meta
+    pinned, place = (whole == middle) & is_sparse, whole
+    original = ir.constant(linear.weight_of(twin)) if twin is not None and _twins.computes_the_same(node, twin) else None
     if original is not None and original.shape == whole.shape:
-        place = np.clip(original / steps + middle, whole - _INSIDE, whole + _INSIDE)
+        away = original / steps + middle - whole
+        place = whole + np.where(np.abs(away) <= 0.5, np.clip(away, -_INSIDE, _INSIDE), 0)
     return Codes(value, weight.name or "", place.astype(np.float32), steps, middle, float(whole.min()), float(whole.max()), pinned)
 
 

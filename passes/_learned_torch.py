@@ -91,7 +91,7 @@ class _GatesLeaf(_CodesLeaf):
 
     def made(self, *, hard: bool) -> Tensor:
         gates = self.gates()
-        return self.base + ((gates >= 0.5).to(gates.dtype) if hard else gates)
+        return (self.base + ((gates >= 0.5).to(gates.dtype) if hard else gates)).clamp(max=self.codes.high)
 
     def penalty(self, beta: float) -> Tensor | float:
         return (1 - (2 * self.gates() - 1).abs() ** beta).mean()

@@ -79,7 +79,8 @@ def run(model: ir.Model, ctx: PassContext, settings: Settings, floats: ir.Model 
 
         kept.append(_block(step, found, replace(settings, plan=plan), ctx, progress))
     if kept and not any(kept):
-        ctx.nothing_to_do("no block's error on samples that were held out fell")
+        stepped = any(row.numbers.get("steps") for row in ctx.measurements)
+        ctx.nothing_to_do("no block's error on the samples that judge fell" if stepped else "its time was over before a step")
 
 
 def _block(step: BlockStep, found: Sequence[Learned], settings: Settings, ctx: PassContext, progress: Callable[[int], None]) -> bool:

@@ -36,9 +36,6 @@ from graphq.targets import Target
 ROWS_PER_INPUT = 128
 """Rows for each input of a layer: half of the weights are fitted anew, and errors are large, so more of them pay than for rounding."""
 
-_PATTERN = "graphq.nm"
-"""Of nodes that were pruned: (n, m), in `meta`."""
-
 ALPHAS = (0.001, 0.01)
 """Strengths of the ridge to choose from, in units of the mean square of an input."""
 
@@ -89,11 +86,11 @@ class NmPrune(Pass):
             self._permute(nodes, ctx)
         for step in ctx.sweep(nodes, self.samples or None):
             self._prune(step, ctx)
-            step.node.meta[_PATTERN] = (self.n, self.m)
+            step.node.meta[sparsity.MARK] = (self.n, self.m)
 
     def check(self, model: ir.Model) -> None:
         for node in ir.all_nodes(model):
-            if node.meta.get(_PATTERN) != (self.n, self.m):
+            if node.meta.get(sparsity.MARK) != (self.n, self.m):
                 continue
             value = linear.weight_of(node)
             weight = decode(model, value) if value is not None and stored.is_fixed(value) else None

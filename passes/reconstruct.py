@@ -35,7 +35,7 @@ class Reconstruct(Pass):
         bias_rate: Of biases, as a share of their root mean square.
         sums: Residual sums that a block ends with the last of.
         batch: Samples in a step.
-        samples: Calibration samples to use, 0 for all; a fifth of them judges.
+        samples: Calibration samples to use, 0 for all. Every fifth batch judges, or the last of two to four; a single one does both.
         exclude: Patterns of node names (or operator types) that stay as they are.
     """
 

@@ -1,6 +1,7 @@
 """sos: learn weights for quantized activations first, then store them with few bits and learn their codes (I&S-ViT, arXiv 2311.10126).
 
-Three stages, each of which starts where the one before it ended, make a path to a low error that one jump does not find:
+Three stages, each of which starts where the one before it ended, make a path to a low error that one jump does not find; this pass is
+the first and the last of them:
 1. the float weights of each block are fitted to the float model, behind the quantizers of activations;
 2. the quantizers of what normalizations write become one for all channels: that is `ln-reparam`, which changes nothing that is
    computed, and so may stand before this pass, where stage 1 has the gain of a quantizer for each channel already;
@@ -43,7 +44,7 @@ class Sos(Pass):
         bias_rate: Of biases, as a share of their root mean square; I&S-ViT keeps them.
         sums: Residual sums that a block ends with the last of.
         batch: Samples in a step.
-        samples: Calibration samples to use, 0 for all; a fifth of them judges.
+        samples: Calibration samples to use, 0 for all. Every fifth batch judges, or the last of two to four; a single one does both.
         exclude: Patterns of node names (or operator types) that stay as they are.
     """
 

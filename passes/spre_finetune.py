@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from graphq import ir, linear, sparsity
+from graphq.errors import ModelError
 from graphq.exclude import is_excluded, require_matches
 from graphq.executor import Executor, Fetch
 from graphq.passes import _blocks, _learned, _reconstruct
@@ -36,7 +37,7 @@ class SpreFinetune(Pass):
         bias_rate: Of biases, as a share of their root mean square.
         features: Whether what blocks end with is distilled as well as the outputs.
         batch: Samples in a step.
-        samples: Calibration samples to use, 0 for all; a fifth of them judges.
+        samples: Calibration samples to use, 0 for all. Every fifth batch judges, or the last of two to four; a single one does both.
         exclude: Patterns of node names (or operator types) that stay as they are.
     """
 
@@ -69,6 +70,9 @@ class SpreFinetune(Pass):
         if not any(isinstance(one, Floats) and one.is_weight and _pattern(one) for one in found):
             return  # no effect: there is no sparse weight
         fetches = self._fetches(model, ctx)
+        if not fetches:
+            raise ModelError("There is nothing to distil from.", expected="a float output, or a residual sum that the dense model has too",
+                             hint="set features: true, or cut what turns the output into integers off the model")  # fmt: skip
         executor, reference = TorchExecutor(model, fetches), Executor(ctx.reference, [Fetch(name) for name in fetches])
         data = ctx.calib.take(self.samples) if self.samples else ctx.calib
         train, held = _reconstruct.split([Batch.of(batch, reference.run(batch), batch.get(MASK)) for batch in data.batches(self.batch)])
@@ -80,7 +84,8 @@ class SpreFinetune(Pass):
         result = learn(executor, leaves, train, held, plan, lambda step: ctx.progress("learn", step, self.steps))
         ctx.measure("the model", branches=sum(isinstance(leaf, BranchLeaf) for leaf in leaves), **_reconstruct.numbers(result))
         if not result.is_better:
-            ctx.nothing_to_do("its error on samples that were held out did not fall")
+            reason = "its error on the samples that judge did not fall" if result.steps else "its time was over before a step"
+            ctx.nothing_to_do(reason)
             return
         for leaf in leaves:
             _learned.store(ctx.edit, leaf.one, [leaf.merged()] if isinstance(leaf, BranchLeaf) else arrays_of(leaf))

@@ -129,22 +129,24 @@ def test_what_does_not_help_is_not_kept() -> None:
     record = apply(ctx, Reconstruct(steps=3, rate=1000, bias_rate=1000, step_rate=10))
     assert ir.to_proto(ctx.model).SerializeToString() == before and not record.edits
     assert all(one.numbers["gained_db"] == 0 and one.numbers["found_db"] < one.numbers["sqnr_db"] for one in record.measurements)
-    assert ("the model", "no block's error on samples that were held out fell") in record.skipped
+    assert ("the model", "no block's error on the samples that judge fell") in record.skipped
 
 
 def test_a_budget_ends_it() -> None:
     ctx, _ = quantized()
     record = apply(ctx, Reconstruct(steps=1_000_000, budget_s=0.2))
-    assert all(one.numbers["steps"] < 1_000_000 for one in record.measurements)
+    assert len(record.measurements) == 2 and all(one.numbers["steps"] < 1_000_000 for one in record.measurements)
 
 
-def test_zeros_of_a_pattern_stay() -> None:
-    ctx, fresh = quantized(0, NmPrune(), *QUANTIZED)
+@pytest.mark.parametrize("n", [2, 3])
+def test_zeros_of_a_pattern_stay(n: int) -> None:
+    """Of 3:4 too, which many weights of few codes have by chance."""
+    ctx, fresh = quantized(0, NmPrune(n=n), *QUANTIZED)
     before, weights = error(ctx, fresh), [node for node in ctx.model.graph if node.op_type in linear.LINEAR_OPS]
     masks = [decode(ctx.model, node.inputs[1]) == 0 for node in weights]  # type: ignore[arg-type]
     apply(ctx, Reconstruct(steps=40, batch=20))
     after = [decode(ctx.model, node.inputs[1]) for node in weights]  # type: ignore[arg-type]
-    assert all((array[mask] == 0).all() and mask.mean() >= 0.5 for array, mask in zip(after, masks, strict=True))
+    assert all((array[mask] == 0).all() and mask.mean() >= 1 - n / 4 for array, mask in zip(after, masks, strict=True))
     assert error(ctx, fresh) < before
 
 
