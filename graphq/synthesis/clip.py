@@ -6,6 +6,11 @@ The texts arrive as embeddings, so that no tokenizer is needed. The images grow 
 - structural contrast: only a fixed random crop of the image, enlarged, has the text; the surroundings of all crops in the batch are
   further candidates, which it must not resemble. An image so has an object somewhere, and something else around it;
 - perturbation: the crop is mirrored, turned, scaled, shifted, coloured, blurred and partly erased, at random in each step.
+
+Measured on models/digits_clip, three seeds (benchmarks/results/clip.md): perturbation gains most, 4.3 points of W4A4 zero-shot accuracy
+and 2.1 dB of W4A8 embeddings without structure, 0.4 points and 3.5 dB with it. Structure gains 2.2 points of W4A4 only where nothing is
+perturbed, and costs 1.7 where it is; texts do no better than random directions there. `structure: false` was best, as good as real images
+at W4A4. All is left on as published, for CLIP itself and its photographs.
 """
 
 from __future__ import annotations
