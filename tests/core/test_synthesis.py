@@ -222,12 +222,12 @@ W4A4 = """passes:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_synthesized_images_lie_between_noise_and_real_ones(seed: int) -> None:
-    """SQNR of the logits of 128 test images, 4 bits throughout: synthesized images lie between noise and real ones (tolerance 1 dB)."""
+    """SQNR of the logits of 128 test images, 4 bits throughout: synthesized images beat noise, and do not beat real ones by 2 dB."""
     images = digits.calibration(256)[np.random.default_rng(seed).permutation(256)[:16]]
     noise = np.random.default_rng(seed).standard_normal(images.shape, np.float32)
     made = synthesize(VIT, "vit-attention", count=16, steps=30, seed=seed, preprocess="inception")["input"]
     errors = {name: w4a4_sqnr(calib) for name, calib in (("noise", noise), ("made", made), ("real", images))}
-    assert errors["noise"] + 0.5 < errors["made"] < errors["real"] + 1 and errors["noise"] + 0.5 < errors["real"], errors
+    assert errors["noise"] + 0.5 < errors["made"] < errors["real"] + 2 and errors["noise"] + 0.5 < errors["real"], errors
 
 
 def w4a4_sqnr(images: np.ndarray) -> float:
