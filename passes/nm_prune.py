@@ -1,8 +1,8 @@
 """nm-prune: N:M sparse weights, such as 2:4, which sparse tensor cores multiply at up to twice the speed.
 
-Layer by layer, each seeing what the pruned layers before it produce, and refitted to what it computed from that itself (fitting
-the reference's output instead makes up for the layers before, but with errors of this size it shrinks everything: ViT-Tiny fell
-from 42 to 24 % top-1). More data helps most: ViT-Tiny, 82.4 % as it is, keeps 40 % at 2:4 with 64 calibration images and 48 % with 256.
+Layer by layer, each seeing what the pruned layers before it produce, and refitted to what it computed from that itself: fitting
+the reference's output instead makes up for the layers before, but with errors of this size it shrinks everything. More data helps
+most (benchmarks/sparsity.py measures with 256 samples).
 Groups lie along the input channels, for each position of a kernel and each group of a convolution; channels
 that fill no group stay dense. Weights are stored dense, with zeros, which symmetric integers keep.
 What mixes the inputs of a layer does not (`rotate`, `wush`, `higgs`, `svd-branch`), nor do `channel-repair` and the lower widths of
