@@ -76,6 +76,9 @@ def rows(arguments: argparse.Namespace) -> dict[Key, str]:
         found["digits_cnn", name, MAGNITUDE] = sparse(name, magnitude)
         found["digits_cnn", name, "refitted in closed form"] = sparse(name, "nm-prune: {PATTERN}")
         found["digits_cnn", name, "magnitude + distilled"] = sparse(name, magnitude, f"spre-finetune: {{branch: false, {how}}}")
+        found["digits_cnn", name, "magnitude + distilled at twice the rate"] = sparse(
+            name, magnitude, f"spre-finetune: {{branch: false, rate: 0.02, {how}}}"
+        )
         found["digits_cnn", name, "magnitude + spre-finetune"] = sparse(name, magnitude, f"spre-finetune: {{{how}}}")
         found["digits_cnn", name, "refitted + spre-finetune"] = sparse(name, "nm-prune: {PATTERN}", f"spre-finetune: {{{how}}}")
     return found
