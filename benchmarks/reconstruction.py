@@ -75,12 +75,12 @@ def rows(arguments: argparse.Namespace) -> dict[Key, str]:
     for name in ("2:4", "1:4"):
         found["digits_cnn", name, MAGNITUDE] = sparse(name, magnitude)
         found["digits_cnn", name, "refitted in closed form"] = sparse(name, "nm-prune: {PATTERN}")
-        found["digits_cnn", name, "magnitude + distilled"] = sparse(name, magnitude, f"spre-finetune: {{branch: false, {how}}}")
-        found["digits_cnn", name, "magnitude + distilled at twice the rate"] = sparse(
-            name, magnitude, f"spre-finetune: {{branch: false, rate: 0.02, {how}}}"
-        )
-        found["digits_cnn", name, "magnitude + spre-finetune"] = sparse(name, magnitude, f"spre-finetune: {{{how}}}")
-        found["digits_cnn", name, "refitted + spre-finetune"] = sparse(name, "nm-prune: {PATTERN}", f"spre-finetune: {{{how}}}")
+        for what, branch, rate in (("distilled", "false", 0.01), ("distilled", "false", 0.02), ("spre-finetune", "true", 0.01),
+                                   ("spre-finetune", "true", 0.02)):  # fmt: skip
+            tail = f"spre-finetune: {{branch: {branch}, rate: {rate}, {how}}}"
+            found["digits_cnn", name, f"magnitude + {what}, rate {rate}"] = sparse(name, magnitude, tail)
+        tail = f"spre-finetune: {{rate: 0.01, {how}}}"
+        found["digits_cnn", name, "refitted + spre-finetune, rate 0.01"] = sparse(name, "nm-prune: {PATTERN}", tail)
     return found
 
 

@@ -4,6 +4,11 @@ An N:M pattern leaves equally many weights at each position of a kernel, where t
 (arXiv 2306.05612) gives each convolution a branch at the positions that would keep more, which is merged into the weight at the end:
 the branch shares the zeros, so that the pattern stays. SpRe trains with labels from the start; here a pruned model is distilled from
 the dense one, on calibration data. It stands right behind `nm-prune`. Needs torch (extra `torch`), on a GPU if there is one.
+
+What helps is the distillation. The branch gains what a higher rate gains without it: weights of two branches move twice as far in a
+step. On digits_cnn at 1:4, of 99.3 % top-1, magnitude leaves 26.7 and 100 steps make 93.0 of that, 95.6 with the branch, and 97.0
+without it at twice the rate; behind the refit in closed form, which alone has 98.6, all 99.3 are back (benchmarks/reconstruction.py,
+means of three seeds).
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ class SpreFinetune(Pass):
     branch: bool = True
     steps: Annotated[int, Field(ge=1)] = 200
     budget_s: Annotated[float, Field(gt=0)] | None = None
-    rate: Annotated[float, Field(ge=0)] = 0.01
+    rate: Annotated[float, Field(ge=0)] = 0.02
     bias_rate: Annotated[float, Field(ge=0)] = 0.01
     features: bool = True
     batch: Annotated[int, Field(ge=1)] = 16
