@@ -208,9 +208,10 @@ def open_calibration(
         return random_calibration(inputs, RANDOM_COUNT, seed)
     path = Path(source)
     if not path.exists():
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) or "check the path"
-        raise DataError("the calibration data does not exist", where=str(path), expected="a .npz, .npy or folder", hint=hint)
+        siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
+        known = [other.name for other in siblings if other.is_dir() or other.suffix.lower() in (".npz", ".npy")]
+        hint = did_you_mean(path.name, [*known, "synth", "random"]) or "check the path"
+        raise DataError("the calibration data does not exist", where=str(path), expected="a .npz, .npy or folder, or synth", hint=hint)
     kind = "folder" if path.is_dir() else path.suffix.lower().removeprefix(".")
     if kind not in ("folder", "npz", "npy"):
         hint = "np.savez(path, **{input_name: array}) writes one that fits"

@@ -89,11 +89,14 @@ def convert(
 ) -> None:
     """Make MODEL smaller and faster by a recipe."""
     from graphq.convert import convert as run
+    from graphq.data import SYNTH
     from graphq.engines import parse_options
     from graphq.report import check_folder
 
     if report is not None:
         check_folder(report)
+    if str(calib) == SYNTH and not quiet:
+        console.say("Making calibration data from the model; `graphq synthesize` does it apart, with --count and --steps.", stderr=True)
     kind, settings = cast(Literal["onnx", "engine"], emit), parse_options(engine or (), shape or ())
     try:
         with console.progress_bar(enabled=not quiet) as progress:

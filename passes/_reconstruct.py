@@ -66,6 +66,9 @@ def run(model: ir.Model, ctx: PassContext, settings: Settings, floats: ir.Model 
     twins, known = {node.name or "": node for node in (floats or ctx.reference).graph}, ir.values_by_name(ctx.reference.graph)
     ends = [value for value in _blocks.ends(model.graph, layers(model), settings.sums) if value.name in known]
     started, kept, total = time.monotonic(), list[bool](), settings.plan.steps * len(ends)
+    if not any(node.op_type == "DequantizeLinear" for node in model.graph):
+        ctx.skipped.append(("the model", "nothing is quantized yet: what quantizes comes first"))
+        return
     for index, step in enumerate(ctx.sweep_blocks(ends, settings.batch, settings.samples)):
         nodes = [node for node in step.nodes if not is_excluded(node, settings.exclude)]
         found = [one for one in _learned.find(nodes, twins, ctx.skip) if settings.rates.of(one) > 0]

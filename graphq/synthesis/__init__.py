@@ -102,7 +102,7 @@ def synthesize(model: str | Path | ir.Model, strategy: str = "auto", *, options:
         options: Of the strategy, by name.
         count: Samples to make, rounded up to the model's batch if that is fixed.
         steps: Steps of optimisation for each batch; the strategy's own number without it.
-        batch: Samples that are optimised together; the strategy's own number without it, and always the model's if that is fixed.
+        batch: Samples that are optimised together; the strategy's own number without it, or the model's if that is fixed.
         seed: Of everything random. The same seed gives the same bytes, on the same machine and versions.
         preprocess: How pixels become inputs (preset, YAML file or value): images keep to values that pixels can have. Without it, and
             where the model does not carry it, they keep to those that standard normal numbers have.
@@ -122,6 +122,9 @@ def synthesize(model: str | Path | ir.Model, strategy: str = "auto", *, options:
     declared = declared_preprocess(loaded.metadata_props, preprocess)
     task = Task(loaded, chosen.steps_for(loaded) if steps is None else steps, declared, device)
     size, unit = chosen.batch if batch is None else batch, fixed_batch(ir.inputs(loaded))
+    if batch is not None and unit not in (None, batch):
+        raise UsageError(f"The model takes exactly {unit} samples at once.", where=f"batch {batch}", expected=f"{unit}, or none given",
+                         hint="export the model with a dynamic batch dimension: larger batches are faster")  # fmt: skip
     if unit is not None:
         size, count = unit, math.ceil(count / unit) * unit
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -170,6 +173,8 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            raise UsageError(**unknown_name(f"option of strategy {name}", key, found.__dataclass_fields__)) from error
         known = ", ".join(found.__dataclass_fields__) or "none"
         raise UsageError(f"Strategy {name}: {first['msg']}.", where=f"option {key}", expected=f"options {known}") from error
     return strategy

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from graphq import ir
+from graphq.calibration import fixed_batch
 from graphq.errors import ModelError
+from graphq.executor import Executor, Fetch
+from graphq.synthesis.inputs import image_input
 
 BATCH_NORM = "graphq.batch_norm"
 """Where `normalize` keeps the statistics of a BatchNormalization that it folded, in `node.meta` of the operator before it."""
@@ -44,18 +47,28 @@ def attentions(model: ir.Model, height: int, width: int) -> list[Attention]:
     """
     found = []
     softmaxes = [node for node in model.graph if node.op_type == "Softmax" and not node.domain]
-    for node in softmaxes:
+    for node, shape in _shapes(model, softmaxes).items():
         product = _reader(node.outputs[0])
-        shape = ir.shape_of(node.outputs[0])
-        if product is None or shape is None or len(shape) != 4 or shape[2] != shape[3] or not isinstance(shape[3], int):
+        if product is None or len(shape) != 4 or shape[2] != shape[3]:
             continue
         grid = _grid(shape[3], height, width) or _grid(shape[3] - 1, height, width)
-        if grid is not None and isinstance(shape[1], int):
+        if grid is not None:
             found.append(Attention(node.outputs[0].name or "", product.outputs[0].name or "", shape[1], grid))
     if not found:
-        where = f"{len(softmaxes)} Softmax nodes" if softmaxes else "no Softmax"
+        where = f"{len(softmaxes)} Softmax nodes, images of {height}x{width}" if softmaxes else "no Softmax"
         raise ModelError("There is no attention over patches.", where=where, expected="Softmax [batch, heads, tokens, tokens], then MatMul")
     return found
+
+
+def _shapes(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[ir.Node, tuple[int, ...]]:
+    """Shapes of what `nodes` make of an image: exporters leave many open, so that the model runs once."""
+    if not nodes:
+        return {}
+    inputs = ir.inputs(model)
+    image = image_input(inputs)
+    feeds = image.arrays(np.zeros((fixed_batch(inputs) or 1, *image.size), np.float32))
+    arrays = Executor(model, [Fetch(node.outputs[0].name or "") for node in nodes], prepack=False).run(feeds)
+    return {node: array.shape for node, array in zip(nodes, arrays, strict=True)}
 
 
 def _reader(value: ir.Value) -> ir.Node | None:

@@ -81,6 +81,8 @@ class Keeper:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self._save_state()
+            if self.folder is not None and not any(self.folder.glob(f"*{_SUFFIX}")):
+                clear(self.folder)  # nothing was done yet
 
     def finished(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Arrays of a batch that is done and what is known of it, or None."""

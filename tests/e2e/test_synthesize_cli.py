@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_after_a_stop(run: Run, tmp_path: Path, monkeyp
         ((CNN, "-o", "c.npz", "--sheet", "c.jpg"), 2, ("--sheet c.jpg", ".png")),
         ((CNN, "-o", "missing/c.npz"), 2, ("missing", "does not exist")),
         ((CNN, "-o", "c.npz", "--strategy", "bnstats"), 2, ("bn-stats",)),
-        ((CNN, "-o", "c.npz", "--strategy", "logits", "--option", "speed=1"), 2, ("option speed", "rate")),
+        ((CNN, "-o", "c.npz", "--strategy", "logits", "--option", "speed=1"), 2, ("called 'speed'", "rate")),
         ((CNN, "-o", "c.npz", "--option", "rate"), 2, ("NAME=VALUE",)),
         ((CNN, "-o", "c.npz", "--strategy", "vit-attention"), 1, ("no attention over patches",)),
         ((CNN, "-o", "c.npz", "--preprocess", "imagnet"), 1, ("imagenet",)),
