@@ -40,7 +40,7 @@ REFUSALS = {
         name: "changed nothing"
         for name in (
             "awq", "channel-repair", "higgs", "lorc", "merge-parallel-conv-bn", "nm-prune", "outliers", "residual-channels",
-            "residual-expand", "rotate", "wush",
+            "residual-expand", "rotate", "spre-finetune", "wush",
         )
     },
 }
