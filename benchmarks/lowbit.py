@@ -150,7 +150,7 @@ def write(rows: list[dict[str, Any]], total: int, arguments: argparse.Namespace)
     """The tables, as far as they are measured: a run may be stopped."""
     columns = {
         "model": ("model", ""), "bits": ("bits", ""), "what": ("ingredients", ""), "dev": ("top-1 dev", ".1f"),
-        **({"extra": ("top-1 extra", ".1f")} if arguments.extra else {}),
+        **({"extra": ("top-1 extra", ".1f")} if any("extra" in row for row in rows) else {}),
         "sqnr_db": ("SQNR dB", ".1f"), "size": ("file size", ".3f"), "seconds": ("convert s", ".0f"),
     }  # fmt: skip
     again = "" if arguments.only == "*" else f" The rows `{arguments.only}` are of this run, the others of an earlier one."
