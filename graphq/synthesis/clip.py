@@ -1,6 +1,6 @@
 """Images for the image tower of a dual encoder from what texts say: D4C, arXiv 2511.15411.
 
-The texts arrive as embeddings, so that no tokenizer is needed. The images grow from noise, in three parts that add to each other:
+The texts arrive as embeddings, so that no tokenizer is needed. The images grow from noise, in three parts that can be left out:
 
 - semantic injection: each image has a text, and its embedding is to be closest to that text's (InfoNCE);
 - structural contrast: only a fixed random crop of the image, enlarged, has the text; the surroundings of all crops in the batch are

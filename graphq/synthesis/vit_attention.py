@@ -7,8 +7,8 @@ Noise spreads attention evenly, photographs gather it on what they show. Three p
 - regions: one to four parts of each image, enlarged to the whole, are optimised as images of their own, each to a class of its own;
   what the image as a whole is drawn to has the classes of its parts.
 
-Step by step this makes images that quantizers can do more with than with noise, but it takes long: after 150 steps they are far behind
-random ones with the statistics of photographs (`natural`), which `start: natural` begins with. benchmarks/synthesis.py measures all.
+Quantizers can do more with such images than with noise (tests/core/test_synthesis.py), but they take long to make. `auto` does not take
+them: against random ones with the statistics of photographs (`natural`, which `start: natural` begins with) no gain has been measured.
 
 With `regions`, steps alternate between the whole image and its parts, one after the other; a step costs the same with or without them.
 """

@@ -1,11 +1,13 @@
 """What several files of end-to-end tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from graphq import ir
+from graphq import cli, ir
 
 WIDTH = 64
 MODEL = f"""<ir_version: 10, opset_import: ["" : 21]>
@@ -24,3 +26,24 @@ def folder(tmp_path: Path) -> Path:
     np.savez(tmp_path / "calib.npz", x=np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
     (tmp_path / "out").mkdir()
     return tmp_path
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the command line with some arguments."""
+
+    def call(*arguments: object) -> Ended:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(entry) for entry in arguments])
+        out, err = capfd.readouterr()
+        return Ended(int(stop.value.code or 0), out, err)
+
+    return call

@@ -5,8 +5,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,25 +22,8 @@ CNN = onnx_path("digits_cnn")
 RECIPE = "passes: [normalize, quantize-weights]\n"
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(entry) for entry in arguments])
-        out, err = capfd.readouterr()
-        return Ended(int(stop.value.code or 0), out, err)
-
-    return call
+Run = Callable[..., Any]
+"""The fixture `run`."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +78,7 @@ def test_convert_without_data_says_so_loudly(run: Run, data: Path, tmp_path: Pat
 
 
 def test_quiet_prints_nothing(run: Run, data: Path, tmp_path: Path) -> None:
-    assert run("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", data / "plain.yaml", "--quiet") == Ended(0, "", "")
+    assert run("convert", CNN, "-o", tmp_path / "a.onnx", "--recipe", data / "plain.yaml", "--quiet") == (0, "", "")
 
 
 def test_a_missed_gate_exits_3_and_keeps_the_result_aside(run: Run, data: Path, tmp_path: Path) -> None:
@@ -239,14 +222,13 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
         assert not out and ("verify" in err) == terminal
 
 
-def fresh(code: str) -> Ended:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    return Ended(done.returncode, done.stdout, done.stderr)
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
 def test_the_module_runs_like_the_command() -> None:
     ended = fresh("import runpy, sys; sys.argv = ['graphq', '--version']; runpy.run_module('graphq', run_name='__main__')")
-    assert ended.code == 0 and ended.out.startswith("graphq ")
+    assert ended.returncode == 0 and ended.stdout.startswith("graphq ")
 
 
 def test_the_public_names_are_there_and_convert_is_the_function() -> None:
@@ -265,5 +247,5 @@ except AttributeError as error:
     print(error)
 """
     ended = fresh(code)
-    assert ended.code == 0, ended.err
-    assert "nothing" in ended.out
+    assert ended.returncode == 0, ended.stderr
+    assert "nothing" in ended.stdout

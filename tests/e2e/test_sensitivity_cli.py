@@ -2,39 +2,21 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from graphq import cli
 from graphq.models import digits, onnx_path
 from graphq.recipe import load_recipe
 
 CNN = onnx_path("digits_cnn")
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(entry) for entry in arguments])
-        out, err = capfd.readouterr()
-        return Ended(int(stop.value.code or 0), out, err)
-
-    return call
+Run = Callable[..., Any]
+"""The fixture `run`."""
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from graphq import cli, console, convert
+from graphq import console, convert
 from graphq.cli_synthesize import STRATEGY_NAMES
 from graphq.models import onnx_path
 from graphq.synthesis import STRATEGIES, synthesize
@@ -20,25 +20,8 @@ CNN, LM = onnx_path("digits_cnn"), onnx_path("digits_lm")
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install graphq[torch])")
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(entry) for entry in arguments])
-        out, err = capfd.readouterr()
-        return Ended(int(stop.value.code or 0), out, err)
-
-    return call
+Run = Callable[..., Any]
+"""The fixture `run`."""
 
 
 def test_the_command_line_knows_the_strategies() -> None:
