@@ -96,7 +96,7 @@ def convert(
     if report is not None:
         check_folder(report)
     if str(calib) == SYNTH and not quiet:
-        console.say("Making calibration data from the model; `graphq synthesize` does it apart, with --count and --steps.", stderr=True)
+        console.say("Synthesizing calibration data; `graphq synthesize` does it apart, with --count and --steps.", stderr=True)
     kind, settings = cast(Literal["onnx", "engine"], emit), parse_options(engine or (), shape or ())
     try:
         with console.progress_bar(enabled=not quiet) as progress:

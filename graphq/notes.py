@@ -47,7 +47,7 @@ def _data_notes(data: CalibrationSet) -> Iterator[str]:
     if data.synthesis is not None:
         made = data.synthesis
         losses = ", ".join(f"{name} {made.first[name]:.4g} -> {value:.4g}" for name, value in made.last.items())
-        yield (f"Calibration data was SYNTHESIZED from the model in {made.seconds:.0f} s{losses and f' ({losses})'}, that of the "
+        yield (f"Calibration data was SYNTHESIZED in {made.seconds:.0f} s{losses and f' ({losses})'}, that of the "
                "verification too: what the result does on real inputs only real data tells.")
     if len(data) < FEW:
         held = "verified on the same ones" if len(data) // (data.fixed_batch or 1) < 2 else "a few of them for verification"

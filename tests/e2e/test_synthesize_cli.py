@@ -121,7 +121,7 @@ def test_convert_synthesizes_and_says_so(run: Run, tmp_path: Path, monkeypatch: 
     ended = run("convert", CNN, "-o", "small.onnx", "--calib", "synth", "--preprocess", "inception", "--gate", "min_speedup=off",
                 "--report", "report")  # fmt: skip
     assert ended.code == 0, ended.err
-    assert "64 samples from synthesis by bn-stats" in ended.out and "SYNTHESIZED from the model" in ended.out and "RANDOM" not in ended.out
+    assert "64 samples from synthesis by bn-stats" in ended.out and "was SYNTHESIZED in" in ended.out and "RANDOM" not in ended.out
     made = json.loads(Path("report/report.json").read_text())["calibration"]
     assert made["kind"] == "synthesized" and made["used"] and made["synthesis"]["strategy"] == "bn-stats"
     assert made["synthesis"]["seconds"] > 0 and set(made["synthesis"]["last"]) == {"statistics"}
